@@ -1,0 +1,184 @@
+"""Attaches kernels to the operators: the native libraries ``_C`` and ``_C_cuda``, else Triton, else plain PyTorch.
+
+Runs once, at import. An operator looks for nothing at call time: whatever stands on its dispatch key serves it.
+``LATENT_SHIFT_BACKEND`` chooses:
+
+============= ==================================================================================================
+``auto``      CPU tensors: C++. CUDA tensors: CUDA C++, or Triton where it was not built
+``native``    C++ and CUDA C++ only
+``triton``    CUDA tensors: Triton. CPU tensors too where ``TRITON_INTERPRET=1``, else C++
+``reference`` plain PyTorch everywhere
+============= ==================================================================================================
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import json
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.library import Library
+
+from .. import ops, reference
+
+CHOICES = ("auto", "native", "triton", "reference")
+REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps --no-cache-dir <the sources>"
+
+# device type -> operator -> the kernel that serves it: "cpu", "cuda", "triton" or "reference"
+SERVING: dict[str, dict[str, str]] = {
+    device: dict.fromkeys(ops.SCHEMAS, "reference") for device in ("cpu", "cuda")
+}
+# (device type, kernel) -> why it does not serve
+REFUSED: dict[tuple[str, str], str] = {}
+
+_PACKAGE = Path(__file__).parent.parent
+_python_kernels: list[Library] = []  # a registration lasts as long as its Library
+_loaded = False
+
+
+def choice() -> str:
+    """The backend asked for by ``LATENT_SHIFT_BACKEND``."""
+    name = os.environ.get("LATENT_SHIFT_BACKEND", "auto")
+    if name not in CHOICES:
+        raise ValueError(f"LATENT_SHIFT_BACKEND must be one of {', '.join(CHOICES)}, got {name!r}")
+    return name
+
+
+def load() -> None:
+    """Attaches every kernel this machine and ``LATENT_SHIFT_BACKEND`` allow; later calls do nothing."""
+    global _loaded
+    if _loaded:
+        return
+    _loaded = True
+    asked = choice()
+    if asked == "reference":
+        for device, kernels in (("cpu", ("cpu",)), ("cuda", ("cuda", "triton"))):
+            for kernel in kernels:
+                REFUSED[device, kernel] = "LATENT_SHIFT_BACKEND=reference"
+        return
+
+    if asked == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
+        REFUSED["cpu", "cpu"] = "LATENT_SHIFT_BACKEND=triton with TRITON_INTERPRET=1"
+        served = _attach_triton("cpu")
+    else:
+        REFUSED["cpu", "triton"] = "Triton runs on GPUs"
+        served = _attach_library("cpu", "_C")
+    if not served:
+        _warn_on_use("cpu")
+
+    if torch.version.cuda is None:
+        for kernel in ("cuda", "triton"):
+            REFUSED["cuda", kernel] = f"torch {torch.__version__} is built without CUDA"
+        return
+    served = False
+    if asked == "triton":
+        REFUSED["cuda", "cuda"] = "LATENT_SHIFT_BACKEND=triton"
+    else:
+        served = _attach_library("cuda", "_C_cuda")
+    if asked == "native":
+        REFUSED["cuda", "triton"] = "LATENT_SHIFT_BACKEND=native"
+    elif served:
+        REFUSED["cuda", "triton"] = "CUDA C++ serves; LATENT_SHIFT_BACKEND=triton chooses Triton"
+    else:
+        served = _attach_triton("cuda")
+    if not served:
+        _warn_on_use("cuda")
+
+
+def library_path(name: str) -> Path | None:
+    """The file of ``_C`` or ``_C_cuda``, None where it was not built."""
+    return next(iter(sorted(_PACKAGE.glob(f"{name}.*so")) + sorted(_PACKAGE.glob(f"{name}.pyd"))), None)
+
+
+def build_record() -> dict[str, str]:
+    """Library -> why setup.py left it out."""
+    try:
+        return json.loads((_PACKAGE / "_build.json").read_text())["missing"]
+    except (OSError, ValueError, KeyError):
+        return {}
+
+
+def cpu_isa() -> str | None:
+    """The instruction set of the C++ kernels: "baseline", "avx2" or "avx512" (``LATENT_SHIFT_CPU_ISA`` overrides)."""
+    path = library_path("_C")
+    if path is None or "cpu" not in SERVING["cpu"].values():
+        return None
+    isa = ctypes.CDLL(str(path)).latent_shift_cpu_isa
+    isa.restype = ctypes.c_char_p
+    return isa().decode()
+
+
+def _attach_library(device: str, name: str) -> bool:
+    """Loads a native library; its static initialisers register the kernels."""
+    path = library_path(name)
+    if path is None:
+        reason = build_record().get(name, "it was not built")
+        REFUSED[device, device] = f"{name}: {reason}; {REBUILD}"
+        return False
+    try:
+        torch.ops.load_library(str(path))
+    except (OSError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        REFUSED[device, device] = f"{name} does not load: {reason}; {REBUILD}"
+        warnings.warn(
+            f"latent_shift_kernels: {path.name} does not load ({reason}), slower kernels serve {device} tensors. "
+            f"It was built for another torch or machine, or is damaged; to rebuild it: {REBUILD}",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+        return False
+    for op in ops.SCHEMAS:
+        if torch._C._dispatch_has_kernel_for_dispatch_key(f"latent_shift::{op}", device.upper()):
+            SERVING[device][op] = device
+    return True
+
+
+def _attach_triton(device: str) -> bool:
+    if importlib.util.find_spec("triton") is None:
+        REFUSED[device, "triton"] = "Triton is not installed; pip install triton"
+        return False
+    try:
+        from .triton import IMPLEMENTATIONS
+    except ImportError as error:
+        REFUSED[device, "triton"] = f"Triton does not import: {error}"
+        return False
+    _register(device, IMPLEMENTATIONS)
+    SERVING[device].update(dict.fromkeys(IMPLEMENTATIONS, "triton"))
+    return True
+
+
+def _register(device: str, kernels: dict[str, Callable[..., Any]]) -> None:
+    library = Library("latent_shift", "IMPL", device.upper())
+    for op, kernel in kernels.items():
+        library.impl(op, kernel)
+    _python_kernels.append(library)
+
+
+def _warn_on_use(device: str) -> None:
+    """Leaves the reference to serve ``device``, saying so at its first call."""
+    pending = [True]
+
+    def announced(op: str) -> Callable[..., Any]:
+        kernel = getattr(reference, op)
+
+        def call(*args: Any) -> Any:
+            if pending:
+                pending.clear()
+                reasons = "; ".join(f"{k}: {r}" for (d, k), r in REFUSED.items() if d == device)
+                warnings.warn(
+                    f"latent_shift_kernels: plain PyTorch serves {device} tensors, slowly ({reasons}). "
+                    "LATENT_SHIFT_BACKEND=reference silences this.",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+            return kernel(*args)
+
+        return call
+
+    _register(device, {op: announced(op) for op in ops.SCHEMAS})

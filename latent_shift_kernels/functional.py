@@ -1,0 +1,223 @@
+"""The operators as functions of tensors and a :class:`ShiftSpec`: no modules, no model, no state.
+
+Every function takes frames folded into the batch, (B*T, C, H, W) with ``num_frames`` = T,
+channels_last preferred and NCHW served as well, or clips (B, C, T, H, W) from which T is read; it
+returns what it was given.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from . import ops  # noqa: F401  defines torch.ops.latent_shift
+from .spec import ShiftSpec
+
+
+def temporal_shift(x: Tensor, spec: ShiftSpec, num_frames: int | None = None) -> Tensor:
+    """Takes some channels of every frame from the previous frame and some from the next.
+
+    ``y[t] = concat(x[t-1, prev], x[t, keep], x[t+1, next])`` in the order of ``spec``
+    (Latent-Shift, arXiv 2304.08477; TSM, arXiv 1811.08383). Moves 2 bytes in and 2 bytes out per
+    bf16 element.
+
+    Args:
+        x: (B*T, C, H, W), or (B, C, T, H, W); fp32, bf16, fp16 or fp64.
+        spec: What moves where; ``spec.channels`` must be C.
+        num_frames: T, needed where frames are folded into the batch.
+
+    Returns:
+        The shape, dtype and layout of ``x``.
+
+    Raises:
+        ValueError: If the rank is neither 4 nor 5, T does not divide the batch, or C is not
+            ``spec.channels``.
+
+    Example:
+        >>> x = torch.randn(2 * 16, 320, 32, 32)
+        >>> y = temporal_shift(x, ShiftSpec.latent_shift(320), num_frames=16)
+    """
+    frames, num_frames = _fold_frames(x, num_frames, "x")
+    y = torch.ops.latent_shift.temporal_shift(frames, num_frames, *_lower(spec, frames, num_frames))
+    return _unfold_frames(y, x, num_frames)
+
+
+def shift_add(
+    residual: Tensor,
+    h: Tensor,
+    spec: ShiftSpec,
+    num_frames: int | None = None,
+    *,
+    scale: float = 1.0,
+) -> Tensor:
+    """``(residual + temporal_shift(h)) * scale``: the end of a residual block in one pass.
+
+    Args:
+        residual: The shape, dtype and device of ``h``.
+        h: The branch, (B*T, C, H, W) or (B, C, T, H, W).
+        spec: What moves where; ``spec.channels`` must be C.
+        num_frames: T, needed where frames are folded into the batch.
+        scale: The block's output scale factor, inverted.
+
+    Returns:
+        The shape, dtype and layout of ``h``.
+
+    Raises:
+        ValueError: As :func:`temporal_shift`, or if ``residual`` does not match ``h``.
+    """
+    frames, num_frames = _fold_frames(h, num_frames, "h")
+    _check_match(h, residual, "residual")
+    skip, _ = _fold_frames(residual, num_frames, "residual")
+    lowered = _lower(spec, frames, num_frames)
+    y = torch.ops.latent_shift.shift_add(skip, frames, scale, num_frames, *lowered)
+    return _unfold_frames(y, h, num_frames)
+
+
+def shift_add_group_norm_silu(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    num_groups: int,
+    eps: float = 1e-5,
+    *,
+    spec: ShiftSpec | None = None,
+    shift: Literal["before", "after"] = "before",
+    num_frames: int | None = None,
+    residual: Tensor | None = None,
+    temb: Tensor | None = None,
+    ada_scale: Tensor | None = None,
+    ada_shift: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Residual addition, time embedding, GroupNorm and SiLU, with the temporal shift before or
+    after, as one pass.
+
+    ``s = [residual +] shift(x) [+ temb]`` and ``y = silu(group_norm(s) * (1 + ada_scale) +
+    ada_shift)``; with ``shift="after"`` the shift is applied to ``y`` instead. A zero frame shifted
+    in *before* the norm comes out as ``silu(bias)``, one shifted in *after* it as 0: two different
+    models.
+
+    Args:
+        x: (B*T, C, H, W) or (B, C, T, H, W); fp32, bf16, fp16 or fp64.
+        weight, bias: The norm's affine parameters (C,), any floating dtype, or None.
+        num_groups: Groups of the norm; must divide C. Statistics are per frame.
+        eps: Added to the variance.
+        spec: What moves where, or None for no shift.
+        shift: Whether the shift is on the way in or on the way out.
+        num_frames: T, needed where frames are folded into the batch and ``spec`` is given.
+        residual: Added after the shift; the shape, dtype and device of ``x``.
+        temb: Per-channel addition (R, C), R dividing B*T: one row a clip, or one a frame.
+        ada_scale, ada_shift: Adaptive affine (R, C) of AdaGN (arXiv 2105.05233, section 3).
+
+    Returns:
+        ``y``, or ``(y, s)`` where a residual was given; shape, dtype and layout of ``x``.
+
+    Raises:
+        ValueError: As :func:`temporal_shift`; if ``num_groups`` does not divide C, or a tensor does
+            not fit.
+    """
+    if shift not in ("before", "after"):
+        raise ValueError(f'shift must be "before" or "after", got {shift!r}')
+    if spec is None and num_frames is None:
+        num_frames = 1 if x.dim() == 4 else None
+    frames, num_frames = _fold_frames(x, num_frames, "x")
+    channels = frames.shape[1]
+    if num_groups < 1 or channels % num_groups:
+        raise ValueError(f"num_groups must divide the {channels} channels of x, got {num_groups}")
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None:
+            _check(parameter.shape == (channels,), name, f"({channels},)", parameter)
+            _check_device(x, parameter, name)
+    for name, table in (("temb", temb), ("ada_scale", ada_scale), ("ada_shift", ada_shift)):
+        if table is not None:
+            rows = table.shape[0] if table.dim() == 2 else -1
+            fits = rows == frames.shape[0] or (rows > 0 and frames.shape[0] % rows == 0)
+            _check(
+                fits and table.shape[1] == channels,
+                name,
+                f"(R, {channels}) with R dividing {frames.shape[0]} frames",
+                table,
+            )
+            _check_device(x, table, name)
+    skip = None
+    if residual is not None:
+        _check_match(x, residual, "residual")
+        skip, _ = _fold_frames(residual, num_frames, "residual")
+    if spec is None:
+        lowered = ([channels, 0, 0], [0, 0, 0], False, "zeros")
+    else:
+        sizes, offsets, boundary = _lower(spec, frames, num_frames)
+        lowered = (sizes, offsets, shift == "after", boundary)
+    y, total, _, _ = torch.ops.latent_shift.shift_add_group_norm_silu(
+        frames,
+        skip,
+        temb,
+        weight,
+        bias,
+        ada_scale,
+        ada_shift,
+        num_groups,
+        eps,
+        num_frames,
+        *lowered,
+    )
+    y = _unfold_frames(y, x, num_frames)
+    return y if residual is None else (y, _unfold_frames(total, x, num_frames))
+
+
+def _lower(spec: ShiftSpec, frames: Tensor, num_frames: int) -> tuple[list[int], list[int], str]:
+    if spec.channels != frames.shape[1]:
+        raise ValueError(
+            f"the shift is for {spec.channels} channels (prev {spec.prev}, keep {spec.keep}, next "
+            f"{spec.next}), the tensor has {frames.shape[1]}: build the spec for this channel count"
+        )
+    return spec.sizes, spec.offsets(num_frames), spec.boundary
+
+
+def _fold_frames(x: Tensor, num_frames: int | None, name: str) -> tuple[Tensor, int]:
+    """(B, C, T, H, W) to (B*T, C, H, W); four dimensions pass through with their frame count
+    checked."""
+    if not x.is_floating_point():
+        raise ValueError(f"{name} must be fp32, bf16, fp16 or fp64, got {x.dtype}")
+    if x.dim() == 5:
+        if num_frames is not None and num_frames != x.shape[2]:
+            raise ValueError(
+                f"{name} (B, C, T, H, W) = {tuple(x.shape)} has {x.shape[2]} frames, "
+                f"num_frames says {num_frames}: leave num_frames out"
+            )
+        return x.transpose(1, 2).flatten(0, 1), x.shape[2]
+    if x.dim() != 4:
+        raise ValueError(f"{name} must be (B*T, C, H, W) or (B, C, T, H, W), got {tuple(x.shape)}")
+    if num_frames is None:
+        raise ValueError(f"{name} has its frames folded into the batch: pass num_frames")
+    if num_frames < 1 or x.shape[0] % num_frames:
+        raise ValueError(
+            f"{name} has a batch of {x.shape[0]} frames, which does not split into clips of "
+            f"num_frames = {num_frames}"
+        )
+    return x, num_frames
+
+
+def _unfold_frames(y: Tensor, like: Tensor, num_frames: int) -> Tensor:
+    return y if like.dim() == 4 else y.unflatten(0, (-1, num_frames)).transpose(1, 2)
+
+
+def _check(fits: bool, name: str, expected: str, got: Tensor) -> None:
+    if not fits:
+        raise ValueError(f"{name} must be {expected}, got {tuple(got.shape)}")
+
+
+def _check_device(x: Tensor, other: Tensor, name: str) -> None:
+    if other.device != x.device:
+        raise ValueError(f"{name} is on {other.device}, x on {x.device}: move it there")
+
+
+def _check_match(x: Tensor, other: Tensor, name: str) -> None:
+    """Dtypes may differ under autocast only, where the operator promotes."""
+    _check(other.shape == x.shape, name, f"{tuple(x.shape)}", other)
+    _check_device(x, other, name)
+    if other.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise ValueError(
+            f"{name} is {other.dtype}, expected {x.dtype}: cast one of them, or use torch.autocast"
+        )

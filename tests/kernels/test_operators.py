@@ -1,0 +1,506 @@
+"""One matrix: operator x backend x dtype x shape x layout x spec, held to fp64 and to eager
+PyTorch's own error."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import latent_shift_kernels as lsk
+from latent_shift_kernels import ShiftSpec, ops, reference
+
+from . import naive
+
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp64": torch.float64,
+}
+# (clips, frames, channels, height, width, groups): C/3 astride groups and vectors, primes, ones, a
+# model's width.
+SHAPES = {
+    "straddling": (2, 3, 20, 5, 7, 4),
+    "prime": (1, 2, 37, 3, 3, 1),
+    "one_frame": (2, 1, 12, 4, 4, 6),
+    "one_pixel": (2, 4, 32, 1, 1, 8),
+    "one_channel_groups": (1, 3, 7, 2, 9, 7),
+    "site": (1, 2, 320, 8, 8, 32),
+    "empty": (0, 3, 8, 4, 4, 2),
+}
+LAYOUTS = ("nchw", "channels_last", "strided", "channels_last_strided")
+FLAGS = {
+    "bare": (),
+    "affine": ("weight", "bias"),
+    "join": ("residual", "weight", "bias"),
+    "temb": ("temb", "weight", "bias"),
+    "everything": ("residual", "temb", "weight", "bias", "ada_scale", "ada_shift"),
+    "adagn": ("ada_scale", "ada_shift"),
+}
+
+SPECS = {
+    "none": lambda c: None,
+    "latent_shift": ShiftSpec.latent_shift,
+    "replicate": lambda c: ShiftSpec.latent_shift(c, boundary="replicate", single_frame="shift"),
+    "circular": lambda c: ShiftSpec.tsm(max(c, 2), 3, boundary="circular", single_frame="shift"),
+    "causal": lambda c: ShiftSpec.causal(c, 2, single_frame="shift"),
+}
+
+
+def implementations(backend: str) -> dict:
+    """Raw functions with the operators' signatures."""
+    if backend == "reference":
+        return {name: getattr(reference, name) for name in ops.SCHEMAS}
+    if backend == "triton":
+        pytest.importorskip("triton")
+        from latent_shift_kernels.backends.triton import IMPLEMENTATIONS
+
+        return IMPLEMENTATIONS
+    if lsk.serving("cpu")["temporal_shift"] != "cpu":
+        pytest.skip("the CPU library is not built")
+    return {name: getattr(torch.ops.latent_shift, name) for name in ops.SCHEMAS}
+
+
+@pytest.fixture(params=["reference", "cpu", "triton"])
+def backend(request) -> dict:
+    return implementations(request.param)
+
+
+def laid_out(t: Tensor, layout: str) -> Tensor:
+    """The values of ``t`` in memory of another shape."""
+    if layout == "nchw":
+        return t.contiguous()
+    if layout == "channels_last":
+        return t.contiguous(memory_format=torch.channels_last)
+    big = t.new_full((t.shape[0], t.shape[1] + 3, t.shape[2], t.shape[3] + 2), float("nan"))
+    if layout == "channels_last_strided":
+        big = big.contiguous(memory_format=torch.channels_last)
+    view = big[:, 1 : 1 + t.shape[1], :, 2:]
+    view.copy_(t)
+    return view
+
+
+def make_case(shape: str, layout: str, flags: str, spec: str, shift: str, dtype: torch.dtype):
+    clips, frames, channels, height, width, groups = SHAPES[shape]
+    batch = clips * frames
+
+    def random(*size: int, scale: float = 1.0, offset: float = 0.0) -> Tensor:
+        return torch.randn(*size, dtype=torch.float64) * scale + offset
+
+    x = random(batch, channels, height, width, scale=2.0, offset=1.5)
+    known = {
+        "residual": lambda: random(*x.shape, scale=3.0, offset=-1.0),
+        "temb": lambda: random(clips, channels),
+        "weight": lambda: random(channels, scale=0.3, offset=1.0),
+        "bias": lambda: random(channels, scale=0.3),
+        "ada_scale": lambda: random(batch, channels, scale=0.2),
+        "ada_shift": lambda: random(clips, channels, scale=0.2),
+    }
+    case = naive.Case(
+        x,
+        groups,
+        frames,
+        SPECS[spec](channels),
+        shift,
+        {name: known[name]() for name in FLAGS[flags]},
+        random(*x.shape),
+        random(*x.shape) if "residual" in FLAGS[flags] else None,
+    ).cast(dtype)
+    case.x, case.dy = laid_out(case.x, layout), laid_out(case.dy, layout)
+    return case
+
+
+def run(backend: dict, case: naive.Case) -> dict[str, Tensor]:
+    """Outputs and gradients of a backend's raw functions, by name."""
+    given = case.tensors
+    tables = [given.get(n) for n in ("temb", "weight", "bias", "ada_scale", "ada_shift")]
+    channels = case.x.shape[1]
+    if case.spec is None:
+        shift = (case.num_frames, [channels, 0, 0], [0, 0, 0], case.shift == "after", "zeros")
+    else:
+        shift = (
+            case.num_frames,
+            case.spec.sizes,
+            case.spec.offsets(case.num_frames),
+            case.shift == "after",
+            case.spec.boundary,
+        )
+    residual = given.get("residual")
+    y, total, mean, rstd = backend["shift_add_group_norm_silu"](
+        case.x, residual, *tables, case.num_groups, case.eps, *shift
+    )
+    is_sum = residual is not None
+    dx, dresidual, *grads = backend["shift_add_group_norm_silu_backward"](
+        case.dy,
+        case.dsum,
+        total if is_sum else case.x,
+        is_sum,
+        *tables,
+        mean,
+        rstd,
+        case.num_groups,
+        *shift,
+    )
+    result = {"y": y, "dx": dx}
+    if is_sum:
+        result["sum"] = total
+        result["dresidual"] = dresidual if dresidual.numel() else dx
+    for name, grad in zip(("temb", "weight", "bias", "ada_scale", "ada_shift"), grads, strict=True):
+        if name in given:
+            result[f"d{name}"] = grad
+        else:
+            assert grad.shape == (0,), name
+    return result
+
+
+def rms(t: Tensor) -> Tensor:
+    """Root mean square: the largest of a few dozen errors would be a lottery between two correct
+    kernels."""
+    return t.square().mean().sqrt()
+
+
+def assert_as_good_as_eager(
+    got: dict[str, Tensor], truth: dict[str, Tensor], eager: dict[str, Tensor], dtype: torch.dtype
+) -> None:
+    assert got.keys() == truth.keys()
+    for name, exact in truth.items():
+        ours = got[name]
+        assert ours.shape == exact.shape and ours.dtype == dtype, name
+        if not exact.numel():
+            continue
+        assert torch.isfinite(ours).all(), f"{name}: not every element was written"
+        error = rms(ours.double() - exact)
+        ulp = torch.finfo(dtype).eps * exact.abs().max()
+        if dtype is torch.float64:
+            # Truth itself is rounded in the same dtype.
+            assert error <= 64 * ulp, f"{name}: {error:.3g}"
+            continue
+        own = rms(eager[name].double() - exact)
+        assert error <= max(2 * own, ulp), f"{name}: {error:.3g}, eager PyTorch {own:.3g}"
+
+
+def check(backend: dict, case: naive.Case) -> None:
+    dtype = case.x.dtype
+    got = run(backend, case)
+    truth = naive.group_norm_silu(case.cast(torch.float64))
+    assert_as_good_as_eager(got, truth, naive.group_norm_silu(case), dtype)
+    layout = reference.memory_format(case.x)
+    for name in ("y", "dx", "sum", "dresidual"):
+        if name in got:
+            assert got[name].is_contiguous(memory_format=layout), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("shift", ["before", "after"])
+@pytest.mark.parametrize("flags", FLAGS)
+def test_group_norm_silu_flags(backend, poison, flags, shift, layout, dtype):
+    check(backend, make_case("straddling", layout, flags, "latent_shift", shift, DTYPES[dtype]))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_group_norm_silu_shapes(backend, poison, dtype, shape, layout):
+    check(backend, make_case(shape, layout, "everything", "latent_shift", "before", DTYPES[dtype]))
+    check(backend, make_case(shape, layout, "affine", "latent_shift", "after", DTYPES[dtype]))
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("shift", ["before", "after"])
+@pytest.mark.parametrize("flags", ["affine", "everything"])
+@pytest.mark.parametrize("shape", ["straddling", "one_frame", "prime"])
+def test_group_norm_silu_specs(backend, poison, shape, flags, shift, spec):
+    for layout in ("nchw", "channels_last"):
+        check(backend, make_case(shape, layout, flags, spec, shift, torch.float32))
+
+
+@pytest.mark.parametrize("spec", [name for name in SPECS if name != "none"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_shift(backend, poison, dtype, shape, layout, spec):
+    """The shift alone, the shifted addition and the adjoint: moved values are exact in every
+    dtype."""
+    clips, frames, channels, height, width, _ = SHAPES[shape]
+    size = (clips * frames, channels, height, width)
+    x = laid_out(torch.randn(size, dtype=torch.float64).to(DTYPES[dtype]), layout)
+    shift = SPECS[spec](channels)
+    lowered = (frames, shift.sizes, shift.offsets(frames), shift.boundary)
+    y = backend["temporal_shift"](x, *lowered)
+    assert torch.equal(y, naive.temporal_shift(x, frames, shift))
+    assert y.is_contiguous(memory_format=reference.memory_format(x))
+
+    residual = laid_out(torch.randn(size, dtype=torch.float64).to(DTYPES[dtype]), layout)
+    for scale in (1.0, 0.5):
+        total = backend["shift_add"](residual, x, scale, *lowered)
+        exact = (residual.double() + naive.temporal_shift(x, frames, shift).double()) * scale
+        assert torch.equal(total, exact.to(x.dtype))
+
+    wide = x.detach().double().requires_grad_()
+    dy = torch.randn(size, dtype=torch.float64).to(DTYPES[dtype])
+    (exact,) = torch.autograd.grad(naive.temporal_shift(wide, frames, shift), wide, dy.double())
+    for grad in (laid_out(dy, layout), laid_out(dy, "strided")):
+        assert torch.equal(backend["temporal_shift_backward"](grad, *lowered), exact.to(x.dtype))
+
+
+def test_expanded_gradient(backend, poison):
+    """``y.sum().backward()`` hands over a gradient of stride 0."""
+    case = make_case(
+        "straddling", "channels_last", "affine", "latent_shift", "before", torch.float32
+    )
+    case.dy = torch.ones(()).expand(case.x.shape)
+    check(backend, case)
+    shift = ShiftSpec.latent_shift(case.x.shape[1])
+    lowered = (case.num_frames, shift.sizes, shift.offsets(case.num_frames), shift.boundary)
+    dense = backend["temporal_shift_backward"](case.dy.contiguous(), *lowered)
+    assert torch.equal(backend["temporal_shift_backward"](case.dy, *lowered), dense)
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_statistics_survive_a_large_mean(backend, layout):
+    """E[x^2] - E[x]^2 in fp32 would lose every digit at a mean of 1000 standard deviations."""
+    case = make_case("straddling", layout, "affine", "latent_shift", "after", torch.float32)
+    case.x = laid_out(case.x + 2000.0, layout)
+    check(backend, case)
+
+
+def test_zero_variance_and_non_finite_values(backend):
+    shift = (1, [8, 0, 0], [0, 0, 0], False, "zeros")
+    constant = torch.full((1, 8, 3, 3), 5.0)
+    nothing = (None,) * 6
+    y, *_ = backend["shift_add_group_norm_silu"](constant, *nothing, 2, 1e-5, *shift)
+    assert torch.equal(y, torch.zeros_like(y))
+    for value in (float("nan"), float("inf")):
+        x = torch.randn(1, 8, 3, 3)
+        x[0, 1, 2, 2] = value
+        y, *_ = backend["shift_add_group_norm_silu"](x, *nothing, 2, 1e-5, *shift)
+        eager = torch.nn.functional.silu(torch.nn.functional.group_norm(x, 2))
+        assert torch.equal(y.isnan(), eager.isnan()), value
+
+
+@pytest.mark.parametrize("mixed", [torch.float32, torch.float64])
+def test_parameters_of_another_dtype(backend, poison, mixed):
+    """Affine parameters and tables keep their own dtype, and so do their gradients."""
+    case = make_case("straddling", "nchw", "everything", "latent_shift", "before", torch.bfloat16)
+    for name in ("weight", "bias", "temb", "ada_scale", "ada_shift"):
+        case.tensors[name] = case.tensors[name].to(mixed)
+    got = run(backend, case)
+    truth = naive.group_norm_silu(case.cast(torch.float64))
+    for name in ("weight", "bias", "temb", "ada_scale", "ada_shift"):
+        assert got[f"d{name}"].dtype is mixed
+        torch.testing.assert_close(got[f"d{name}"].double(), truth[f"d{name}"], rtol=0.02, atol=0.1)
+
+
+# What only the registered operators have: autograd, compilation, determinism.
+
+native = pytest.mark.skipif(
+    lsk.serving("cpu")["temporal_shift"] != "cpu", reason="the CPU library is not built"
+)
+
+
+def functional_call(case: naive.Case, x: Tensor, tensors: dict[str, Tensor]):
+    return lsk.shift_add_group_norm_silu(
+        x,
+        tensors.get("weight"),
+        tensors.get("bias"),
+        case.num_groups,
+        case.eps,
+        spec=case.spec,
+        shift=case.shift,
+        num_frames=case.num_frames,
+        **{k: v for k, v in tensors.items() if k not in ("weight", "bias")},
+    )
+
+
+@pytest.mark.parametrize("boundary", ["zeros", "replicate", "circular"])
+@pytest.mark.parametrize("shift", ["before", "after"])
+@pytest.mark.parametrize("flags", ["bare", "everything"])
+def test_gradcheck(flags, shift, boundary):
+    case = make_case("straddling", "channels_last", flags, "latent_shift", shift, torch.float64)
+    case.spec = ShiftSpec.latent_shift(20, boundary=boundary)
+    x = case.x[:3, :, :2, :2].detach().requires_grad_()
+    tensors = {}
+    for name, t in case.tensors.items():
+        t = (
+            t[:3, :, :2, :2]
+            if t.dim() == 4
+            else t[: 3 if t.shape[0] == 6 else 1]
+            if t.dim() == 2
+            else t
+        )
+        tensors[name] = t.detach().clone().requires_grad_()
+
+    def call(x, *values):
+        return functional_call(case, x, dict(zip(tensors, values, strict=True)))
+
+    assert torch.autograd.gradcheck(call, (x, *tensors.values()), fast_mode=True)
+    assert torch.autograd.gradcheck(
+        lambda x: lsk.shift_add(x.sin(), x, case.spec, 3, scale=0.7), (x,)
+    )
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last", "strided"])
+def test_opcheck(layout):
+    case = make_case("straddling", layout, "everything", "latent_shift", "before", torch.float32)
+    shift = (3, case.spec.sizes, case.spec.offsets(3), "zeros")
+    x = case.x.detach().requires_grad_()
+    check_op = torch.library.opcheck
+    check_op(torch.ops.latent_shift.temporal_shift.default, (x, *shift))
+    check_op(torch.ops.latent_shift.temporal_shift_backward.default, (x.detach(), *shift))
+    residual = case.tensors["residual"].requires_grad_()
+    check_op(torch.ops.latent_shift.shift_add.default, (residual, x, 0.5, *shift))
+    tables = [case.tensors[n] for n in ("temb", "weight", "bias", "ada_scale", "ada_shift")]
+    lowered = (*shift[:3], False, "zeros")
+    check_op(
+        torch.ops.latent_shift.shift_add_group_norm_silu.default,
+        (x, residual, *tables, 4, 1e-5, *lowered),
+    )
+    stats = torch.rand(6, 4)
+    check_op(
+        torch.ops.latent_shift.shift_add_group_norm_silu_backward.default,
+        (case.dy, case.dsum, x.detach(), True, *tables, stats, stats + 1, 4, *lowered),
+    )
+
+
+def test_compile_fullgraph_without_recompiling():
+    """Once a size is known to vary, neither another batch nor another clip length compiles
+    again."""
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    spec = ShiftSpec.latent_shift(20)
+    weight = torch.ones(20, requires_grad=True)
+
+    def block(x, residual, num_frames):
+        h, total = lsk.shift_add_group_norm_silu(
+            x, weight, None, 4, spec=spec, num_frames=num_frames, residual=residual
+        )
+        return lsk.shift_add(total, h, spec, num_frames)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(block, fullgraph=True, backend=counter)
+    for frames, clips in ((4, 2), (5, 3), (6, 2), (7, 5), (16, 1)):
+        x = torch.randn(frames * clips, 20, 3, 3).to(memory_format=torch.channels_last)
+        x.requires_grad_()
+        y = compiled(x, x.cos(), frames)
+        (grad,) = torch.autograd.grad(y.square().sum(), x)
+        expected = block(x, x.cos(), frames)
+        assert torch.equal(y, expected) and y.stride() == expected.stride()
+        torch.testing.assert_close(grad, torch.autograd.grad(expected.square().sum(), x)[0])
+    assert counter.frame_count <= 2  # the first sizes, then any
+
+
+@native
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_bitwise_equal_on_any_number_of_threads(layout, dtype):
+    torch.manual_seed(1)
+    x = laid_out(torch.randn(8, 320, 16, 16).to(DTYPES[dtype]), layout).requires_grad_()
+    weight = torch.randn(320, requires_grad=True)
+    temb = torch.randn(2, 320, requires_grad=True)
+    spec = ShiftSpec.latent_shift(320)
+
+    def once():
+        y, total = lsk.shift_add_group_norm_silu(
+            x, weight, None, 32, spec=spec, num_frames=4, residual=x.detach(), temb=temb
+        )
+        out = lsk.shift_add(total, y, spec, 4)
+        return out, *torch.autograd.grad(out.float().square().mean(), (x, weight, temb))
+
+    threads = torch.get_num_threads()
+    first = once()
+    try:
+        for count in (1, 2, 2, 3):
+            torch.set_num_threads(count)
+            assert all(torch.equal(a, b) for a, b in zip(first, once(), strict=True)), count
+    finally:
+        torch.set_num_threads(threads)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_adjoint_and_truth_for_any_spec_and_shape(data):
+    """<shift(x), y> == <x, unshift(y)>, and the operator is the definition, whatever the sizes."""
+    frames, clips = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 3))
+    sizes = data.draw(st.tuples(*[st.integers(0, 9)] * 3).filter(any))
+    spec = ShiftSpec(
+        *sizes,
+        order=data.draw(st.permutations(["prev", "keep", "next"])),
+        boundary=data.draw(st.sampled_from(["zeros", "replicate", "circular"])),
+        single_frame=data.draw(st.sampled_from(["identity", "shift"])),
+    )
+    height, width = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 4))
+    layout = data.draw(st.sampled_from(LAYOUTS))
+    size = (frames * clips, spec.channels, height, width)
+    # Small integers: sums are exact, so equality is.
+    x = laid_out(torch.randint(-8, 9, size).double(), layout).requires_grad_()
+    y = torch.randint(-8, 9, size).double()
+    shifted = lsk.temporal_shift(x, spec, frames)
+    assert torch.equal(shifted, naive.temporal_shift(x.detach(), frames, spec))
+    (back,) = torch.autograd.grad(shifted, x, y)
+    assert (shifted * y).sum() == (x * back).sum()
+
+
+def test_equal_frames_change_only_at_the_ends():
+    frame = torch.randn(1, 12, 4, 4)
+    x = frame.repeat(5, 1, 1, 1)
+    y = lsk.temporal_shift(x, ShiftSpec.latent_shift(12), 5)
+    assert torch.equal(y[1:-1], x[1:-1])
+    assert not torch.equal(y[0], x[0]) and not torch.equal(y[-1], x[-1])
+
+
+def test_receptive_field_and_clips_never_mix():
+    spec = ShiftSpec.latent_shift(12)
+    x = torch.randn(2 * 9, 12, 2, 2, requires_grad=True)
+    y = x
+    for _ in range(3):
+        # Channels mix between the shifts as in a convolution, or none would be moved twice.
+        y = lsk.temporal_shift(y, spec, 9)
+        y = y + y.mean(1, keepdim=True)
+    (grad,) = torch.autograd.grad(y[4].square().sum(), x)
+    seen = grad.abs().sum((1, 2, 3)).nonzero().flatten().tolist()
+    assert seen == [1, 2, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("device_dtype", [torch.bfloat16, torch.float16])
+def test_autocast_meets_in_the_wider_dtype(device_dtype):
+    spec = ShiftSpec.latent_shift(12)
+    wide, narrow = torch.randn(4, 12, 3, 3), torch.randn(4, 12, 3, 3).to(device_dtype)
+    with torch.autocast("cpu", dtype=device_dtype):
+        assert lsk.shift_add(wide, narrow, spec, 2).dtype is torch.float32
+        assert lsk.temporal_shift(narrow, spec, 2).dtype is device_dtype
+        weight = torch.ones(12, requires_grad=True)
+        y, total = lsk.shift_add_group_norm_silu(
+            narrow, weight, None, 3, spec=spec, num_frames=2, residual=wide
+        )
+        assert y.dtype is total.dtype is torch.float32
+        y.sum().backward()
+    assert weight.grad.dtype is torch.float32
+    with pytest.raises(ValueError, match="cast one of them"):
+        lsk.shift_add(wide, narrow, spec, 2)
+
+
+def test_clips_and_folded_frames_agree():
+    spec = ShiftSpec.latent_shift(12)
+    clips = torch.randn(2, 12, 5, 3, 4)
+    folded = clips.transpose(1, 2).flatten(0, 1)
+    expected = lsk.temporal_shift(folded, spec, 5).unflatten(0, (2, 5)).transpose(1, 2)
+    assert torch.equal(lsk.temporal_shift(clips, spec), expected)
+    y, total = lsk.shift_add_group_norm_silu(clips, None, None, 3, spec=spec, residual=clips)
+    assert y.shape == total.shape == clips.shape
+
+
+def test_modules_are_thin_copyable_and_have_the_norms_parameters():
+    spec = ShiftSpec.latent_shift(12)
+    module = lsk.ShiftGroupNormSiLU(3, 12, spec=spec, num_frames=2)
+    module.load_state_dict(torch.nn.GroupNorm(3, 12).state_dict())
+    x = torch.randn(4, 12, 3, 3)
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert torch.equal(twin(x), module(x))
+    shift = lsk.TemporalShift(spec, num_frames=2)
+    assert not list(shift.parameters()) and not shift.state_dict()
+    assert torch.equal(pickle.loads(pickle.dumps(shift))(x), lsk.temporal_shift(x, spec, 2))
+    assert "prev=4" in repr(shift)
