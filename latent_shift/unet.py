@@ -74,7 +74,7 @@ class ShiftConfig:
 
     def spec(self, channels: int) -> ShiftSpec:
         """The shift at ``channels`` channels."""
-        ends = {"boundary": self.boundary, "single_frame": self.single_frame}
+        ends: dict[str, Any] = {"boundary": self.boundary, "single_frame": self.single_frame}
         if self.preset == "latent_shift":
             return ShiftSpec.latent_shift(channels, **ends)
         return getattr(ShiftSpec, self.preset)(channels, self.fold_div or 8, **ends)

@@ -68,7 +68,7 @@ class ShiftGroupNormSiLU(nn.GroupNorm):
         self.shift = shift
         self.num_frames = num_frames
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         x: Tensor,
         num_frames: int | None = None,

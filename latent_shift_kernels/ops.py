@@ -72,7 +72,7 @@ for _name, _schema in SCHEMAS.items():
 # them.
 
 
-def _check_shift(
+def check_shift(
     x: Tensor, num_frames: int, sizes: list[int], offsets: list[int], boundary: str
 ) -> None:
     torch._check(x.dim() == 4, lambda: f"expected (B*T, C, H, W), got {tuple(x.shape)}")
@@ -82,7 +82,7 @@ def _check_shift(
         lambda: f"a batch of {x.shape[0]} frames does not split into clips of {num_frames}",
     )
     torch._check(
-        sum(sizes) == x.shape[1],
+        sum(sizes) == x.shape[1] and min(sizes) >= 0,
         lambda: f"the slices {sizes} hold {sum(sizes)} channels, the tensor has {x.shape[1]}",
     )
     torch._check(
@@ -97,13 +97,13 @@ def _like(x: Tensor) -> Tensor:
 
 
 def _like_or_empty(x: Tensor, present: Tensor | None) -> Tensor:
-    return x.new_empty(0) if present is None else torch.empty_like(present)
+    return x.new_empty(0) if present is None else present.new_empty(present.shape)
 
 
 @register_fake("latent_shift::temporal_shift")
 @register_fake("latent_shift::temporal_shift_backward")
 def _(x: Tensor, num_frames: int, sizes: list[int], offsets: list[int], boundary: str) -> Tensor:
-    _check_shift(x, num_frames, sizes, offsets, boundary)
+    check_shift(x, num_frames, sizes, offsets, boundary)
     return _like(x)
 
 
@@ -117,8 +117,8 @@ def _(
     offsets: list[int],
     boundary: str,
 ) -> Tensor:
-    _check_shift(h, num_frames, sizes, offsets, boundary)
-    _check_same(h, residual, "residual")
+    check_shift(h, num_frames, sizes, offsets, boundary)
+    check_same(h, residual, "residual")
     return _like(h)
 
 
@@ -139,10 +139,10 @@ def _(
     shift_after: bool,
     boundary: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check_shift(x, num_frames, sizes, offsets, boundary)
+    check_shift(x, num_frames, sizes, offsets, boundary)
     if residual is not None:
-        _check_same(x, residual, "residual")
-    _check_norm(x, temb, weight, bias, ada_scale, ada_shift, num_groups)
+        check_same(x, residual, "residual")
+    check_norm(x, temb, weight, bias, ada_scale, ada_shift, num_groups)
     stats = x.new_empty((x.shape[0], num_groups), dtype=reference.accumulate_dtype(x.dtype))
     total = x.new_empty(0) if residual is None else _like(x)
     return _like(x), total, stats, torch.empty_like(stats)
@@ -168,8 +168,8 @@ def _(
     shift_after: bool,
     boundary: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    _check_shift(x, num_frames, sizes, offsets, boundary)
-    _check_same(x, dy, "dy")
+    check_shift(x, num_frames, sizes, offsets, boundary)
+    check_same(x, dy, "dy")
     separate = is_sum and not shift_after and any(offsets)
     return (
         _like(x),
@@ -182,7 +182,7 @@ def _(
     )
 
 
-def _check_same(x: Tensor, other: Tensor, name: str) -> None:
+def check_same(x: Tensor, other: Tensor, name: str) -> None:
     torch._check(
         other.shape == x.shape and other.dtype == x.dtype and other.device == x.device,
         lambda: (
@@ -192,7 +192,7 @@ def _check_same(x: Tensor, other: Tensor, name: str) -> None:
     )
 
 
-def _check_norm(
+def check_norm(
     x: Tensor,
     temb: Tensor | None,
     weight: Tensor | None,

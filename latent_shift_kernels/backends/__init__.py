@@ -1,14 +1,14 @@
-"""Attaches kernels to the operators: the native libraries ``_C`` and ``_C_cuda``, else Triton, else plain PyTorch.
+"""Attaches kernels to the operators: ``_C`` and ``_C_cuda``, else Triton, else plain PyTorch.
 
-Runs once, at import. An operator looks for nothing at call time: whatever stands on its dispatch key serves it.
-``LATENT_SHIFT_BACKEND`` chooses:
+Runs once, at import. An operator looks for nothing at call time: whatever stands on its dispatch
+key serves it. ``LATENT_SHIFT_BACKEND`` chooses:
 
-============= ==================================================================================================
+============= ====================================================================================
 ``auto``      CPU tensors: C++. CUDA tensors: CUDA C++, or Triton where it was not built
 ``native``    C++ and CUDA C++ only
 ``triton``    CUDA tensors: Triton. CPU tensors too where ``TRITON_INTERPRET=1``, else C++
 ``reference`` plain PyTorch everywhere
-============= ==================================================================================================
+============= ====================================================================================
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from torch.library import Library
 from .. import ops, reference
 
 CHOICES = ("auto", "native", "triton", "reference")
-REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps --no-cache-dir <the sources>"
+REBUILD = (
+    "pip install --no-build-isolation --force-reinstall --no-deps --no-cache-dir <the sources>"
+)
 
 # device type -> operator -> the kernel that serves it: "cpu", "cuda", "triton" or "reference"
 SERVING: dict[str, dict[str, str]] = {
@@ -51,7 +53,7 @@ def choice() -> str:
 
 
 def load() -> None:
-    """Attaches every kernel this machine and ``LATENT_SHIFT_BACKEND`` allow; later calls do nothing."""
+    """Attaches what this machine and ``LATENT_SHIFT_BACKEND`` allow; later calls do nothing."""
     global _loaded
     if _loaded:
         return
@@ -93,7 +95,9 @@ def load() -> None:
 
 def library_path(name: str) -> Path | None:
     """The file of ``_C`` or ``_C_cuda``, None where it was not built."""
-    return next(iter(sorted(_PACKAGE.glob(f"{name}.*so")) + sorted(_PACKAGE.glob(f"{name}.pyd"))), None)
+    return next(
+        iter(sorted(_PACKAGE.glob(f"{name}.*so")) + sorted(_PACKAGE.glob(f"{name}.pyd"))), None
+    )
 
 
 def build_record() -> dict[str, str]:
@@ -105,7 +109,10 @@ def build_record() -> dict[str, str]:
 
 
 def cpu_isa() -> str | None:
-    """The instruction set of the C++ kernels: "baseline", "avx2" or "avx512" (``LATENT_SHIFT_CPU_ISA`` overrides)."""
+    """The C++ kernels' instruction set: "baseline", "avx2" or "avx512".
+
+    It is the widest the machine runs; ``LATENT_SHIFT_CPU_ISA``, read once, chooses another.
+    """
     path = library_path("_C")
     if path is None or "cpu" not in SERVING["cpu"].values():
         return None
@@ -127,8 +134,9 @@ def _attach_library(device: str, name: str) -> bool:
         reason = str(error).splitlines()[0]
         REFUSED[device, device] = f"{name} does not load: {reason}; {REBUILD}"
         warnings.warn(
-            f"latent_shift_kernels: {path.name} does not load ({reason}), slower kernels serve {device} tensors. "
-            f"It was built for another torch or machine, or is damaged; to rebuild it: {REBUILD}",
+            f"latent_shift_kernels: {path.name} does not load ({reason}), slower kernels serve "
+            f"{device} tensors. It was built for another torch or machine, or is damaged; "
+            f"to rebuild it: {REBUILD}",
             RuntimeWarning,
             stacklevel=4,
         )
@@ -172,7 +180,8 @@ def _warn_on_use(device: str) -> None:
                 pending.clear()
                 reasons = "; ".join(f"{k}: {r}" for (d, k), r in REFUSED.items() if d == device)
                 warnings.warn(
-                    f"latent_shift_kernels: plain PyTorch serves {device} tensors, slowly ({reasons}). "
+                    f"latent_shift_kernels: plain PyTorch serves {device} tensors, slowly "
+                    f"({reasons}). "
                     "LATENT_SHIFT_BACKEND=reference silences this.",
                     RuntimeWarning,
                     stacklevel=2,

@@ -2,7 +2,9 @@
 PyTorch's own error."""
 
 import copy
+import itertools
 import pickle
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -51,6 +53,9 @@ SPECS = {
 }
 
 
+BACKENDS = ("reference", "cpu", "triton")
+
+
 def implementations(backend: str) -> dict:
     """Raw functions with the operators' signatures."""
     if backend == "reference":
@@ -65,7 +70,22 @@ def implementations(backend: str) -> dict:
     return {name: getattr(torch.ops.latent_shift, name) for name in ops.SCHEMAS}
 
 
-@pytest.fixture(params=["reference", "cpu", "triton"])
+def matrix(steps: dict[str, int], *axes: Iterable[str]) -> pytest.MarkDecorator:
+    """Parametrises a test by every ``steps[backend]``-th case of the product of ``axes``.
+
+    The steps divide no axis, so every value of every axis is met; the interpreter takes seconds
+    where a library takes milliseconds.
+    """
+    product = list(itertools.product(*axes))
+    cases = [
+        pytest.param(backend, case, id="-".join((backend, *case)))
+        for backend, step in steps.items()
+        for case in product[::step]
+    ]
+    return pytest.mark.parametrize(("backend", "case"), cases, indirect=["backend"])
+
+
+@pytest.fixture(params=BACKENDS)
 def backend(request) -> dict:
     return implementations(request.param)
 
@@ -174,13 +194,14 @@ def assert_as_good_as_eager(
             continue
         assert torch.isfinite(ours).all(), f"{name}: not every element was written"
         error = rms(ours.double() - exact)
-        ulp = torch.finfo(dtype).eps * exact.abs().max()
+        # Everything here is of order 1; a gradient that is 0 by symmetry is the sum of such terms.
+        ulp = torch.finfo(dtype).eps * exact.abs().max().clamp_min(0.1)
         if dtype is torch.float64:
-            # Truth itself is rounded in the same dtype.
-            assert error <= 64 * ulp, f"{name}: {error:.3g}"
+            # Truth itself is rounded in the same dtype, and a channel of zeros has 1/std = 316.
+            assert error <= 1e-11, f"{name}: {error:.3g}"
             continue
         own = rms(eager[name].double() - exact)
-        assert error <= max(2 * own, ulp), f"{name}: {error:.3g}, eager PyTorch {own:.3g}"
+        assert error <= max(2 * own, 2 * ulp), f"{name}: {error:.3g}, eager PyTorch {own:.3g}"
 
 
 def check(backend: dict, case: naive.Case) -> None:
@@ -194,38 +215,30 @@ def check(backend: dict, case: naive.Case) -> None:
             assert got[name].is_contiguous(memory_format=layout), name
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
-@pytest.mark.parametrize("shift", ["before", "after"])
-@pytest.mark.parametrize("flags", FLAGS)
-def test_group_norm_silu_flags(backend, poison, flags, shift, layout, dtype):
-    check(backend, make_case("straddling", layout, flags, "latent_shift", shift, DTYPES[dtype]))
+@matrix(
+    {"reference": 29, "cpu": 11, "triton": 197},
+    SHAPES,
+    LAYOUTS,
+    FLAGS,
+    SPECS,
+    ("before", "after"),
+    DTYPES,
+)
+def test_group_norm_silu(backend, poison, case):
+    shape, layout, flags, spec, shift, dtype = case
+    check(backend, make_case(shape, layout, flags, spec, shift, DTYPES[dtype]))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_group_norm_silu_shapes(backend, poison, dtype, shape, layout):
-    check(backend, make_case(shape, layout, "everything", "latent_shift", "before", DTYPES[dtype]))
-    check(backend, make_case(shape, layout, "affine", "latent_shift", "after", DTYPES[dtype]))
-
-
-@pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("shift", ["before", "after"])
-@pytest.mark.parametrize("flags", ["affine", "everything"])
-@pytest.mark.parametrize("shape", ["straddling", "one_frame", "prime"])
-def test_group_norm_silu_specs(backend, poison, shape, flags, shift, spec):
-    for layout in ("nchw", "channels_last"):
-        check(backend, make_case(shape, layout, flags, spec, shift, torch.float32))
-
-
-@pytest.mark.parametrize("spec", [name for name in SPECS if name != "none"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_shift(backend, poison, dtype, shape, layout, spec):
-    """The shift alone, the shifted addition and the adjoint: moved values are exact in every
-    dtype."""
+@matrix(
+    {"reference": 5, "cpu": 1, "triton": 13},
+    SHAPES,
+    LAYOUTS,
+    [name for name in SPECS if name != "none"],
+    DTYPES,
+)
+def test_shift(backend, poison, case):
+    """The shift, the shifted addition and the adjoint: moved values are exact in every dtype."""
+    shape, layout, spec, dtype = case
     clips, frames, channels, height, width, _ = SHAPES[shape]
     size = (clips * frames, channels, height, width)
     x = laid_out(torch.randn(size, dtype=torch.float64).to(DTYPES[dtype]), layout)
@@ -323,11 +336,11 @@ def functional_call(case: naive.Case, x: Tensor, tensors: dict[str, Tensor]):
 def test_gradcheck(flags, shift, boundary):
     case = make_case("straddling", "channels_last", flags, "latent_shift", shift, torch.float64)
     case.spec = ShiftSpec.latent_shift(20, boundary=boundary)
-    x = case.x[:3, :, :2, :2].detach().requires_grad_()
+    x = case.x[:3, :, :1, :2].detach().requires_grad_()
     tensors = {}
     for name, t in case.tensors.items():
         t = (
-            t[:3, :, :2, :2]
+            t[:3, :, :1, :2]
             if t.dim() == 4
             else t[: 3 if t.shape[0] == 6 else 1]
             if t.dim() == 2
