@@ -1,0 +1,582 @@
+"""Times the operators against what PyTorch users write, at the shapes of the SD 1.5 U-Net.
+
+    python benchmarks/bench_shift.py                 # what this machine has, a few minutes
+    python benchmarks/bench_shift.py --quick         # one small site, under a minute
+    python benchmarks/bench_shift.py --op shift_add --dtype bf16 --json rows.json --plot rows.png
+
+All providers compute the same function, with the paper's thirds (arXiv 2304.08477) and zeros at
+the ends of a clip:
+
+latent-shift  the operators of this repository
+roll          torch.roll of the moved slices, their wrapped frames zeroed, torch.cat; then PyTorch's
+              own addition, group_norm and silu
+tsm           TSM's slice assignment into zeros (arXiv 1811.08383), then the same
+...+compile   torch.compile of those, fixed shapes
+clone         x.clone(), the copy that bandwidths are a share of
+
+Forward is timed with no gradient required. Backward is torch.autograd.grad(retain_graph=True) on a
+graph that is built once, for every provider. Nothing is timed before its results agree with fp64 on
+that very shape. Providers take turns, so that ratios come from one run. A provider that loses the
+layout of its input is marked and not charged for the conversion back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._functorch.config as functorch_config
+import torch.nn.functional as F
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from sites import CLIP_FRAMES, EPS, MAIN, NUM_GROUPS, Site, unet_sites
+from timing import Call, environment, interleave, last_level_cache
+
+import latent_shift_kernels as kernels
+from latent_shift_kernels import ShiftSpec, reference
+
+Tensors = tuple[Tensor, ...]
+Function = Callable[..., Tensors]
+Shift = Callable[[Tensor, ShiftSpec], Tensor]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+PASSES = ("forward", "backward")
+# Largest error over largest value. Eager bf16 rounds between its kernels: a few units of 2**-9.
+TOLERANCES = {"fp32": 1e-4, "bf16": 3e-2, "fp16": 4e-3}
+
+
+@dataclass(frozen=True)
+class Op:
+    """What is computed, and how many tensors of the size of x a perfect kernel reads and writes."""
+
+    name: str
+    operator: str
+    forward_tensors: int
+    backward_tensors: int
+    residual: bool = False
+    norm: bool = False
+    shift_after: bool = False
+
+    def floor_bytes(self, direction: str, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+        """Bytes that must move: the same for every provider."""
+        tensors = self.forward_tensors if direction == "forward" else self.backward_tensors
+        return tensors * torch.Size(shape).numel() * dtype.itemsize
+
+
+_NORM = "shift_add_group_norm_silu"
+OPS = {
+    op.name: op
+    for op in (
+        Op("temporal_shift", "temporal_shift", 2, 2),
+        Op("shift_add", "shift_add", 3, 2, residual=True),  # the residual's gradient is dy itself
+        Op("shift+group_norm_silu", _NORM, 2, 3, norm=True),
+        Op("group_norm_silu+shift", _NORM, 2, 3, norm=True, shift_after=True),
+        Op(_NORM, _NORM, 4, 5, residual=True, norm=True),  # returns the sum as well
+    )
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """An operator at a site, in one direction, dtype, layout and state of the cache."""
+
+    site: Site
+    op: Op
+    dtype: str
+    layout: str
+    direction: str
+    cache: str
+
+    def __str__(self) -> str:
+        return f"{self.op.name} {self.direction}, {self.site.name}, {self.dtype} {self.layout}"
+
+
+# Providers.
+
+
+def roll_shift(x: Tensor, spec: ShiftSpec) -> Tensor:
+    """``torch.roll`` of each moved slice, the wrapped frame zeroed, and ``torch.cat``."""
+    clips = x.unflatten(0, (-1, CLIP_FRAMES))  # [B, T, C, H, W]
+    prev, keep, next_ = clips.split(spec.sizes, dim=2)
+    prev = prev.roll(1, dims=1)
+    prev[:, 0] = 0
+    next_ = next_.roll(-1, dims=1)
+    next_[:, -1] = 0
+    return torch.cat([prev, keep, next_], dim=2).flatten(0, 1)
+
+
+def tsm_shift(x: Tensor, spec: ShiftSpec) -> Tensor:
+    """TSM's slice assignment into zeros, with the paper's slices."""
+    clips = x.unflatten(0, (-1, CLIP_FRAMES))  # [B, T, C, H, W]
+    out = torch.zeros_like(clips)
+    first, last = spec.prev, spec.prev + spec.keep
+    out[:, 1:, :first] = clips[:, :-1, :first]
+    out[:, :, first:last] = clips[:, :, first:last]
+    out[:, :-1, last:] = clips[:, 1:, last:]
+    return out.flatten(0, 1)
+
+
+def true_shift(x: Tensor, spec: ShiftSpec) -> Tensor:
+    """The reference's shift."""
+    return reference.temporal_shift(
+        x, CLIP_FRAMES, spec.sizes, spec.offsets(CLIP_FRAMES), spec.boundary
+    )
+
+
+def composed(op: Op, shift: Shift, spec: ShiftSpec) -> Function:
+    """``op`` out of a shift and PyTorch's own functions."""
+
+    def run(
+        x: Tensor,
+        residual: Tensor | None = None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> Tensors:
+        if not op.shift_after:
+            x = shift(x, spec)
+        if residual is not None:
+            x = residual + x
+        if not op.norm:
+            return (x,)
+        y = F.silu(F.group_norm(x, NUM_GROUPS, weight, bias, EPS))
+        if op.shift_after:
+            y = shift(y, spec)
+        return (y,) if residual is None else (y, x)
+
+    return run
+
+
+def fused(op: Op, spec: ShiftSpec) -> Function:
+    """``op`` as one operator of this repository."""
+
+    def run(
+        x: Tensor,
+        residual: Tensor | None = None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> Tensors:
+        if op.norm:
+            y = kernels.shift_add_group_norm_silu(
+                x,
+                weight,
+                bias,
+                NUM_GROUPS,
+                EPS,
+                spec=spec,
+                shift="after" if op.shift_after else "before",
+                num_frames=CLIP_FRAMES,
+                residual=residual,
+            )
+            return y if isinstance(y, tuple) else (y,)
+        if residual is not None:
+            return (kernels.shift_add(residual, x, spec, CLIP_FRAMES),)
+        return (kernels.temporal_shift(x, spec, CLIP_FRAMES),)
+
+    return run
+
+
+def compiled(function: Function, device: torch.device) -> Function:
+    mode = "max-autotune-no-cudagraphs" if device.type == "cuda" else "default"
+    return torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
+
+
+def clone(x: Tensor, **others: Tensor) -> Tensors:
+    return (x.clone(),)
+
+
+PROVIDERS: dict[str, Callable[[Op, ShiftSpec, torch.device], Function]] = {
+    "latent-shift": lambda op, spec, device: fused(op, spec),
+    "roll": lambda op, spec, device: composed(op, roll_shift, spec),
+    "tsm": lambda op, spec, device: composed(op, tsm_shift, spec),
+    "roll+compile": lambda op, spec, device: compiled(composed(op, roll_shift, spec), device),
+    "tsm+compile": lambda op, spec, device: compiled(composed(op, tsm_shift, spec), device),
+}
+
+
+# Inputs and truth.
+
+
+@lru_cache(maxsize=1)
+def draw(op: Op, site: Site, device: torch.device) -> tuple[dict[str, Tensor], Tensors]:
+    """Inputs and output gradients, fp32 but exact in bf16, so that all dtypes share one truth."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        values = torch.randn(shape, generator=generator, device=device)
+        return values.bfloat16().float()
+
+    inputs = {"x": normal(*site.shape)}
+    if op.residual:
+        inputs["residual"] = normal(*site.shape)
+    if op.norm:
+        inputs["weight"], inputs["bias"] = normal(site.channels), normal(site.channels)
+    outputs = 2 if op.norm and op.residual else 1
+    return inputs, tuple(normal(*site.shape) for _ in range(outputs))
+
+
+@lru_cache(maxsize=1)
+def truth(op: Op, site: Site, device: torch.device) -> dict[str, Tensors]:
+    """What fp64 gives, forward and backward."""
+    inputs, douts = draw(op, site, device)
+    function = composed(op, true_shift, ShiftSpec.latent_shift(site.channels))
+    leaves = {name: t.double().requires_grad_() for name, t in inputs.items()}
+    outs = function(**leaves)
+    grads = torch.autograd.grad(outs, tuple(leaves.values()), tuple(d.double() for d in douts))
+    return {"forward": tuple(out.detach() for out in outs), "backward": grads}
+
+
+def prepare(case: Case, function: Function, device: torch.device) -> Call:
+    """``function`` on its own copy of the case's inputs, as a call without arguments."""
+    inputs, douts = draw(case.op, case.site, device)
+
+    def place(t: Tensor) -> Tensor:
+        layout = LAYOUTS[case.layout] if t.dim() == 4 else torch.contiguous_format
+        return t.to(DTYPES[case.dtype], copy=True).contiguous(memory_format=layout)
+
+    leaves = {name: place(t) for name, t in inputs.items()}
+    if case.direction == "forward":
+        return lambda: function(**leaves)
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+    outs, dys = function(**leaves), tuple(place(d) for d in douts)
+    wanted = tuple(leaves.values())
+    return lambda: torch.autograd.grad(outs, wanted, dys, retain_graph=True)
+
+
+def error(results: Tensors, expected: Tensors) -> float:
+    """The largest error of any result, relative to the largest value that was expected of it."""
+    worst = 0.0
+    for result, target in zip(results, expected, strict=True):
+        relative = (result - target).abs().max() / target.abs().max()
+        worst = max(worst, relative.nan_to_num(torch.inf).item())  # NaN must not compare as small
+    return worst
+
+
+# Measuring.
+
+
+def measure(case: Case, providers: list[str], device: torch.device, seconds: float) -> list[dict]:
+    """The case's rows: every provider held to fp64, those that pass timed in turns with a copy."""
+    spec = ShiftSpec.latent_shift(case.site.channels)
+    dtype = DTYPES[case.dtype]
+    floor = case.op.floor_bytes(case.direction, case.site.shape, dtype)
+    tensor_bytes = torch.Size(case.site.shape).numel() * dtype.itemsize
+    # In rotation a buffer comes round again after twice the cache has been read.
+    sets = 1 if case.cache == "warm" else 2 + 2 * last_level_cache(device) // floor
+
+    torch._dynamo.reset()
+    rows: dict[str, dict] = {}
+    calls: dict[str, list[Call]] = {}
+    copying = replace(case, direction="forward")
+    calls["clone"] = [prepare(copying, clone, device) for _ in range(sets)]
+    rows["clone"] = _row(case, "clone", device)
+    for name in providers:
+        row = rows[name] = _row(case, name, device)
+        if name == "latent-shift":
+            row["kernel"] = kernels.serving(device.type)[case.op.operator]
+        try:
+            function = PROVIDERS[name](case.op, spec, device)
+            rotation = [prepare(case, function, device) for _ in range(sets)]
+            results = rotation[0]()
+        except Exception as failure:  # compilers raise what they like; the run goes on
+            row |= {
+                "status": "error",
+                "note": f"{type(failure).__name__}: {failure}".splitlines()[0],
+            }
+            continue
+        row["error"] = error(results, truth(case.op, case.site, device)[case.direction])
+        if row["error"] > TOLERANCES[case.dtype]:
+            row |= {"status": "failed", "note": f"off by {row['error']:.1e} from fp64: not timed"}
+            continue
+        if not results[0].is_contiguous(memory_format=LAYOUTS[case.layout]):
+            row["note"] = "returns another layout"
+        calls[name] = rotation
+
+    timings = interleave(calls, device, warm=case.cache == "warm", seconds=seconds)
+    copy = timings["clone"]
+    copy_gbps = 2 * tensor_bytes / copy.ms / 1e6
+    for name, timing in timings.items():
+        gbps = (2 * tensor_bytes if name == "clone" else floor) / timing.ms / 1e6
+        rows[name] |= {
+            "ms": timing.ms,
+            "ms_low": timing.ms_low,
+            "ms_high": timing.ms_high,
+            "gbps": gbps,
+            "share_of_copy": gbps / copy_gbps,
+            "ratio_to_clone": timing.ms / copy.ms,
+            "speedup_vs_roll": timings["roll"].ms / timing.ms if "roll" in timings else None,
+        }
+    rows["clone"]["speedup_vs_roll"] = None
+    return list(rows.values())
+
+
+_MEASURED = (
+    "error",
+    "ms",
+    "ms_low",
+    "ms_high",
+    "gbps",
+    "share_of_copy",
+    "ratio_to_clone",
+    "speedup_vs_roll",
+)
+
+
+def _row(case: Case, provider: str, device: torch.device) -> dict[str, Any]:
+    return {
+        "op": case.op.name,
+        "pass": case.direction,
+        "site": case.site.name,
+        "shape": list(case.site.shape),
+        "dtype": case.dtype,
+        "layout": case.layout,
+        "cache": case.cache,
+        "device": device.type,
+        "provider": provider,
+        "kernel": None,
+        "status": "ok",
+        "note": "",
+        **dict.fromkeys(_MEASURED),
+    }
+
+
+# The command.
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to time."""
+
+    cases: list[Case]
+    providers: list[str]
+    compiled_site: Site | None  # where the compiled providers run; None is everywhere
+    device: torch.device
+    seconds: float  # a case
+
+    def providers_of(self, case: Case) -> list[str]:
+        """The providers of one case."""
+        everywhere = self.compiled_site in (None, case.site)
+        return [name for name in self.providers if everywhere or "compile" not in name]
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options; the defaults that depend on the device are filled in by :func:`plan`."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+    def several(*flags: str, help: str) -> None:
+        parser.add_argument(*flags, nargs="+", metavar="NAME", help=help)
+
+    several("--op", help=f"of {', '.join(OPS)}")
+    several("--pass", help=f"of {', '.join(PASSES)}")
+    several(
+        "--site",
+        "--shape",
+        help="such as down0.res, 320x32x32 or 16x320x32x32; default every site of the U-Net on a "
+        f"GPU, {', '.join(MAIN)} on a CPU",
+    )
+    several("--resolution", help="of 256, 512 pixels; default both on a GPU, 256 on a CPU")
+    several("--frames", help="of 16, 32; default both on a GPU, 16 on a CPU")
+    several("--dtype", help=f"of {', '.join(DTYPES)}; default bf16 on a GPU, fp32 on a CPU")
+    several("--layout", help=f"of {', '.join(LAYOUTS)}; default both")
+    several(
+        "--provider",
+        help=f"of {', '.join(PROVIDERS)}; default all, the compiled ones at the first site only, "
+        "for compiling takes longer than timing",
+    )
+    parser.add_argument(
+        "--cache",
+        default="warm",
+        help="warm: each call directly follows itself on the same buffers (the default); cold: "
+        "buffers rotate through twice the last-level cache; both",
+    )
+    parser.add_argument("--device", help="cpu or cuda; default cuda where there is one")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; default torch's")
+    parser.add_argument("--quick", action="store_true", help="one small site, nothing compiled")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write environment and rows")
+    parser.add_argument("--plot", type=Path, metavar="PATH", help="draw the speed-ups over roll")
+    return parser
+
+
+def plan(args: argparse.Namespace) -> Plan:
+    """Checks every name and fills in what the device decides.
+
+    Raises:
+        ValueError: On an unknown name, with the choices.
+    """
+
+    def choose(
+        option: str,
+        choices: Iterable[str],
+        default: Iterable[str],
+        listed: Iterable[str] | None = None,
+    ) -> list[str]:
+        given = getattr(args, option)
+        given = [given] if isinstance(given, str) else given
+        unknown = set(given or ()) - set(choices)
+        if unknown:
+            names = ", ".join(sorted(unknown))
+            choices = ", ".join(listed or choices)
+            raise ValueError(f"--{option} {names}: unknown, choose from {choices}")
+        return [choice for choice in choices if choice in (given or default)]
+
+    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    (device,) = choose("device", devices, devices[:1])
+    gpu = device == "cuda"
+    caches = choose("cache", ("warm", "cold", "both"), ())
+    resolutions = choose("resolution", ("256", "512"), ("256", "512") if gpu else ("256",))
+    frames = choose("frames", ("16", "32"), ("16", "32") if gpu else ("16",))
+    every_site = [s for r, f in product(resolutions, frames) for s in unet_sites(int(r), int(f))]
+    default_sites = MAIN[-1:] if args.quick else {s.block for s in every_site} if gpu else MAIN
+    aliases = {alias for site in every_site for alias in site.aliases}
+    site_names = dict.fromkeys(site.name for site in every_site)
+    asked = set(choose("site", aliases, default_sites, site_names))
+    sites = [site for site in every_site if asked.intersection(site.aliases)]
+    eager = [name for name in PROVIDERS if "compile" not in name]
+    combinations = product(
+        sites,
+        choose("op", OPS, OPS),
+        choose("dtype", DTYPES, ["bf16" if gpu else "fp32"]),
+        choose("layout", LAYOUTS, LAYOUTS),
+        choose("pass", PASSES, PASSES),
+        ("warm", "cold") if caches == ["both"] else caches,
+    )
+    return Plan(
+        # Cases that share inputs and truth follow each other.
+        cases=[Case(site, OPS[op], *rest) for site, op, *rest in combinations],
+        providers=choose("provider", PROVIDERS, eager if args.quick else PROVIDERS),
+        compiled_site=None if args.provider else sites[0],
+        device=torch.device(device),
+        seconds=0.3 if args.quick or gpu else 1.0,
+    )
+
+
+def run(plan: Plan, console: Console) -> list[dict[str, Any]]:
+    """Measures every case behind a progress bar."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    rows = []
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=len(plan.cases))
+        for case in plan.cases:
+            progress.update(task, description=str(case))
+            rows += measure(case, plan.providers_of(case), plan.device, plan.seconds)
+            progress.advance(task)
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """The rows, one section per case; a speed-up below 1 is red."""
+    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("op", "pass", "site", "dtype", "layout", "cache", "provider"):
+        drawn.add_column(heading, no_wrap=True)
+    for heading in ("ms", "20 % .. 80 %", "GB/s", "of copy", "x clone", "vs roll"):
+        drawn.add_column(heading, justify="right", no_wrap=True)
+    drawn.add_column("note")
+    labels = ("op", "pass", "site", "dtype", "layout", "cache")
+    shown = None
+    for row in rows:
+        case = tuple(row[label] for label in labels)
+        if shown not in (None, case):
+            drawn.add_section()
+        label_cells = case if case != shown else ("",) * len(case)
+        shown = case
+        if row["ms"] is None:
+            drawn.add_row(
+                *label_cells, row["provider"], row["status"], *[""] * 5, row["note"], style="red"
+            )
+            continue
+        speedup = row["speedup_vs_roll"]
+        verdict = "" if speedup is None else f"{speedup:.2f}"
+        if speedup is not None and speedup < 1:
+            verdict = f"[red]{verdict}[/red]"
+        drawn.add_row(
+            *label_cells,
+            row["provider"],
+            f"{row['ms']:.3f}",
+            f"{row['ms_low']:.3f} .. {row['ms_high']:.3f}",
+            f"{row['gbps']:.1f}",
+            f"{row['share_of_copy']:.0%}",
+            f"{row['ratio_to_clone']:.2f}",
+            verdict,
+            row["note"],
+            style="bold"
+            if row["provider"] == "latent-shift"
+            else "dim"
+            if row["provider"] == "clone"
+            else None,
+        )
+    return drawn
+
+
+def heading(where: dict[str, Any], device: torch.device) -> str:
+    """What the numbers are, in a few lines."""
+    served = kernels.serving(device.type)
+    by_kernel = ", ".join(
+        f"{op}: {served[op]}" for op in dict.fromkeys(o.operator for o in OPS.values())
+    )
+    floors = ", ".join(
+        f"{op.name} {op.forward_tensors}/{op.backward_tensors}" for op in OPS.values()
+    )
+    return "\n".join(
+        (
+            f"{where['device']} ({where['capability']}), {where['threads']} CPU threads, torch "
+            f"{where['torch']}, {where['commit'] or 'no commit'}, {where['date']}",
+            f"latent-shift's kernels: {by_kernel}",
+            "GB/s is by the floor, the same for every provider: tensors of the size of x that must "
+            f"be read or written, forward/backward: {floors}",
+        )
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; 1 where a provider failed the comparison with fp64."""
+    options = parser()
+    args = options.parse_args(argv)
+    try:
+        todo = plan(args)
+    except ValueError as unknown:
+        print(f"{options.prog}: {unknown}", file=sys.stderr)
+        return 2
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)
+    where = environment(todo.device)
+    console.print(heading(where, todo.device), highlight=False)
+    # A graph that is differentiated many times must keep its buffers.
+    with functorch_config.patch(donated_buffer=False):
+        rows = run(todo, console)
+    console.print(table(rows))
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps({"environment": where, "rows": rows}, indent=1) + "\n")
+    if args.plot:
+        from plot import draw_speedups  # matplotlib is needed for nothing else
+
+        draw_speedups(rows, where, args.plot)
+    return int(any(row["status"] == "failed" for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Evaluation: scores read off generated clips."""

@@ -1,0 +1,338 @@
+"""Recipes: everything that decides what a run computes, as dataclasses read from TOML.
+
+A recipe is one file. Every key has a default here, an unknown key is refused with the nearest known
+one named, and any key can be overridden from the command line as `table.key=value` (value in TOML
+syntax; bare words are strings).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The MovingShapes clips to train on.
+
+    Attributes:
+        size, num_frames: pixels a side, frames a clip.
+        clips: clips encoded once and kept as latents; each serves forwards and backwards.
+        two_object_share: share of clips with two objects.
+    """
+
+    size: int = 64
+    num_frames: int = 16
+    clips: int = 6000
+    two_object_share: float = 0.0
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, the learning-rate schedule, and the moving average of the weights.
+
+    The rate climbs over `warmup` steps, stays, and falls linearly to zero over the last `decay` of
+    all steps.
+    """
+
+    learning_rate: float = 1e-3
+    beta1: float = 0.9
+    beta2: float = 0.99
+    weight_decay: float = 0.0
+    warmup: int = 100
+    decay: float = 0.5
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.999
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """The autoencoder stage: single frames, mean absolute and squared error, a weak KL term.
+
+    Attributes:
+        batch: crops a step.
+        crop: side of the crops around an object that the first `crop_share` of the steps train on.
+        full_batch: whole frames a step, afterwards.
+        kl_weight: per latent value; three parts in 10,000 already cost two of eight channels and
+            the corners of squares.
+        edge_weight: what pixels near an edge weigh on top of the others' 1: a frame is nine tenths
+            background.
+        two_object_share: share of frames with two objects; the autoencoder should not care.
+        init_from: folder of a saved autoencoder to start from; empty for new weights.
+    """
+
+    block_out_channels: tuple[int, ...] = (16, 32, 64, 64)
+    layers_per_block: int = 1
+    latent_channels: int = 8
+    norm_num_groups: int = 8
+    steps: int = 2000
+    batch: int = 16
+    crop: int = 32
+    crop_share: float = 0.7
+    full_batch: int = 8
+    kl_weight: float = 1e-5
+    edge_weight: float = 4.0
+    two_object_share: float = 0.25
+    init_from: str = ""
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(ema_decay=0.99))
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The tokenizer (BPE learned from captions) and the CLIP text encoder."""
+
+    vocab_size: int = 768
+    max_length: int = 24
+    hidden_size: int = 128
+    layers: int = 2
+    heads: int = 4
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The denoiser: a diffusers `UNet2DConditionModel`.
+
+    Attributes:
+        attention: which levels have cross-attention, highest resolution first.
+        heads: attention heads in every transformer.
+    """
+
+    block_out_channels: tuple[int, ...] = (64, 96, 128)
+    layers_per_block: int = 1
+    attention: tuple[bool, ...] = (False, True, True)
+    heads: int = 4
+    norm_num_groups: int = 8
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The noise schedule: betas linear in their roots, ending in pure noise; v-prediction.
+
+    `beta_end` is larger than Stable Diffusion's 0.012: in 16 frames of a few dozen latents the
+    motion shows through all but the strongest noise, so only near the end of the schedule is it the
+    caption that has to say where to move.
+    """
+
+    beta_start: float = 0.00085
+    beta_end: float = 0.03
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """The text-to-image stage: text encoder and U-Net together, on single frames."""
+
+    steps: int = 5000
+    batch: int = 64
+    caption_dropout: float = 0.1
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+
+@dataclass(frozen=True)
+class VideoConfig:
+    """The text-to-video stage: the image model with the shift in it, finetuned on clips.
+
+    Attributes:
+        temporal: "shift", or "none" for the ablation without any temporal operation.
+        batch: clips a step.
+        coarse_share: share, at the first step, of batches that take every second frame of twice as
+            many clips; falls linearly to none at the last step. Motion is learned sooner where it
+            is larger from frame to frame.
+        image_every: every so many steps, a batch of single frames instead of clips.
+        image_batch: frames in such a batch.
+        text_learning_rate: factor on the learning rate for the text encoder, which has to learn the
+            words of motion.
+    """
+
+    temporal: Literal["shift", "none"] = "shift"
+    steps: int = 10000
+    batch: int = 4
+    coarse_share: float = 0.0
+    image_every: int = 8
+    image_batch: int = 64
+    caption_dropout: float = 0.1
+    text_learning_rate: float = 1.0
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How evaluation samples."""
+
+    steps: int = 25
+    guidance_scale: float = 3.0
+    prompts: int = 64
+    batch: int = 16
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    """Scores that a stage should reach; a missed gate is reported, and not fatal."""
+
+    autoencoder: float = 0.97
+    image: float = 0.95
+    video: float = 0.9
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole training run.
+
+    Attributes:
+        name: recorded with the results.
+        seed: every random number of the run is a function of it, the stage and the step.
+        device: "auto" takes CUDA where there is one.
+        precision: "fp32", or "bf16" autocast.
+        threads: CPU threads; 0 leaves torch's choice.
+        save_seconds, keep: how often to write a checkpoint, and how many to keep for each stage.
+        evaluate_every: steps between small evaluations during a stage; 0 for none but the last.
+    """
+
+    name: str = "embedded"
+    seed: int = 0
+    device: str = "auto"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    threads: int = 0
+    save_seconds: float = 60.0
+    keep: int = 2
+    evaluate_every: int = 0
+    data: DataConfig = field(default_factory=DataConfig)
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    image: ImageConfig = field(default_factory=ImageConfig)
+    video: VideoConfig = field(default_factory=VideoConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    gates: GateConfig = field(default_factory=GateConfig)
+
+    def __post_init__(self) -> None:
+        if len(self.unet.attention) != len(self.unet.block_out_channels):
+            raise ValueError(
+                f"unet.attention needs one entry per level: got {len(self.unet.attention)} "
+                f"for {len(self.unet.block_out_channels)} levels"
+            )
+        factor = 2 ** (len(self.autoencoder.block_out_channels) - 1)
+        if self.data.size % factor or self.autoencoder.crop % factor:
+            raise ValueError(f"data.size and autoencoder.crop must be multiples of {factor}")
+
+    @property
+    def latent_size(self) -> int:
+        return self.data.size // 2 ** (len(self.autoencoder.block_out_channels) - 1)
+
+
+class RecipeError(ValueError):
+    """A recipe has an unknown key or a value of the wrong type."""
+
+
+def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe.
+
+    Args:
+        source: path of a TOML file, or the name of a recipe that comes with the package
+            ("embedded").
+        overrides: `table.key=value` strings, applied in order.
+
+    Raises:
+        RecipeError: unknown key, wrong type, or no such recipe.
+    """
+    values = tomllib.loads(_read(source))
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator:
+            raise RecipeError(f"an override reads table.key=value, got {override!r}")
+        _insert(values, key.strip().split("."), _parse(text.strip()))
+    return _build(Recipe, values, "")
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """Returns a recipe as nested dicts and lists, ready for JSON."""
+    return dataclasses.asdict(recipe)
+
+
+def recipe_names() -> list[str]:
+    """Returns the names of the recipes that come with the package."""
+    folder = resources.files("latent_shift.training") / "recipes"
+    return sorted(
+        entry.name.removesuffix(".toml")
+        for entry in folder.iterdir()
+        if entry.name.endswith(".toml")
+    )
+
+
+def _read(source: str | Path) -> str:
+    path = Path(source)
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    if str(source) in recipe_names():
+        return (resources.files("latent_shift.training") / "recipes" / f"{source}.toml").read_text(
+            encoding="utf-8"
+        )
+    raise RecipeError(
+        f"no recipe file {str(source)!r}, and none of that name comes with the package: "
+        f"{recipe_names()}"
+    )
+
+
+def _parse(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _insert(values: dict[str, Any], path: list[str], value: Any) -> None:
+    for name in path[:-1]:
+        values = values.setdefault(name, {})
+        if not isinstance(values, dict):
+            raise RecipeError(f"{'.'.join(path)}: {name!r} is a value, not a table")
+    values[path[-1]] = value
+
+
+def _build(kind: type, values: dict[str, Any], where: str) -> Any:
+    hints = typing.get_type_hints(kind)
+    for name in values:
+        if name not in hints:
+            near = difflib.get_close_matches(name, hints, n=1, cutoff=0.0)
+            raise RecipeError(f"unknown key {where}{name!s}; did you mean {where}{near[0]}?")
+    try:
+        return kind(
+            **{
+                name: _convert(hints[name], value, f"{where}{name}")
+                for name, value in values.items()
+            }
+        )
+    except RecipeError:
+        raise
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise RecipeError(f"{where} is a table, got {value!r}")
+        return _build(hint, value, f"{where}.")
+    origin = typing.get_origin(hint)
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise RecipeError(f"{where} must be a list, got {value!r}")
+        return tuple(_convert(typing.get_args(hint)[0], item, where) for item in value)
+    if origin is Literal:
+        if value not in typing.get_args(hint):
+            raise RecipeError(f"{where} must be one of {typing.get_args(hint)}, got {value!r}")
+        return value
+    if origin is types.UnionType:
+        raise TypeError(f"{where}: unions are not supported in recipes")
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
+        raise RecipeError(f"{where} must be {hint.__name__}, got {value!r}")
+    return value

@@ -1,0 +1,50 @@
+"""Assembles what a run has trained into a pipeline folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from latent_shift.pipeline import LatentShiftPipeline
+from latent_shift.training.config import Recipe
+from latent_shift.training.stages import make_scheduler
+from latent_shift.unet import LatentShiftUNet
+
+
+def load_run(root: Path, part: str, recipe: Recipe) -> LatentShiftPipeline:
+    """Returns the pipeline of a run.
+
+    Args:
+        root: the run's output folder.
+        part: whose U-Net and text encoder to take: "image" (before any video), "video-shift" or
+            "video-none".
+        recipe: the run's recipe.
+    """
+    return LatentShiftPipeline(
+        vae=AutoencoderKL.from_pretrained(root / "pipeline" / "vae"),
+        text_encoder=CLIPTextModel.from_pretrained(root / part / "text_encoder"),
+        tokenizer=CLIPTokenizer.from_pretrained(root / "pipeline" / "tokenizer"),
+        unet=LatentShiftUNet.from_pretrained(root / part / "unet"),
+        scheduler=make_scheduler(recipe.schedule),
+        default_num_frames=recipe.data.num_frames,
+        default_steps=recipe.sampling.steps,
+        default_guidance_scale=recipe.sampling.guidance_scale,
+    )
+
+
+def export(pipeline: LatentShiftPipeline, folder: Path) -> int:
+    """Writes a pipeline in float16 safetensors; returns its size in bytes."""
+    pipeline.to(dtype=torch.float16).save_pretrained(folder, safe_serialization=True)
+    # transformers would load the text encoder in the dtype it is stored in, diffusers the rest in
+    # float32
+    path = folder / "text_encoder" / "config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({**values, "dtype": "float32"}, indent=2) + "\n")
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    for path in files:
+        path.chmod(0o644)  # safetensors writes 0600
+    return sum(path.stat().st_size for path in files)

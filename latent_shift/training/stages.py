@@ -1,0 +1,625 @@
+"""The stages of a recipe: autoencoder, text to image, text to video."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from tokenizers.pre_tokenizers import ByteLevel
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from latent_shift.data.moving_shapes import MovingShapes, Prompt, render, vocabulary
+from latent_shift.evaluation import moving_shapes as scorer
+from latent_shift.training.config import (
+    ImageConfig,
+    Recipe,
+    ScheduleConfig,
+    TextConfig,
+    VideoConfig,
+)
+from latent_shift.training.trainer import Clock, Interrupted, Ranks, Stage, derive_seed
+from latent_shift.unet import LatentShiftUNet, insert_shift, remove_shift
+
+_CHUNK = 125  # clips in one file of cached latents
+
+
+class Workspace:
+    """What the stages of one run share: recipe, folders, device, clock."""
+
+    def __init__(self, recipe: Recipe, root: Path, clock: Clock) -> None:
+        self.recipe = recipe
+        self.root = root
+        self.clock = clock
+        name = recipe.device
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cuda" and "LOCAL_RANK" in os.environ:
+            name = f"cuda:{os.environ['LOCAL_RANK']}"
+        self.device = torch.device(name)
+        self.ranks = Ranks(self.device)
+
+    def directory_of(self, stage: str) -> str:
+        """Returns a stage's folder name; the two arms of the ablation have one each."""
+        return f"video-{self.recipe.video.temporal}" if stage == "video" else stage
+
+    def autocast(self) -> torch.autocast:
+        enabled = self.recipe.precision == "bf16"
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+class AutoencoderStage:
+    """Trains `AutoencoderKL` on frames, then folds the latents' statistics into it."""
+
+    name = "autoencoder"
+
+    def __init__(self, workspace: Workspace) -> None:
+        recipe = workspace.recipe
+        self.workspace = workspace
+        self.config = config = recipe.autoencoder
+        self.steps, self.optimizer, self.gate = (
+            config.steps,
+            config.optimizer,
+            recipe.gates.autoencoder,
+        )
+        levels = len(config.block_out_channels)
+        self.factor = 2 ** (levels - 1)
+        self.vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            block_out_channels=config.block_out_channels,
+            layers_per_block=config.layers_per_block,
+            latent_channels=config.latent_channels,
+            norm_num_groups=config.norm_num_groups,
+            mid_block_add_attention=False,
+            sample_size=recipe.data.size,
+            scaling_factor=1.0,
+        ).to(workspace.device, memory_format=torch.channels_last)
+        if config.init_from:
+            source = AutoencoderKL.from_pretrained(config.init_from)
+            self.vae.load_state_dict(source.state_dict())
+        self.data = MovingShapes(
+            derive_seed(recipe.seed, "frames"),
+            num_frames=recipe.data.num_frames,
+            size=recipe.data.size,
+            split="all",
+            two_object_share=config.two_object_share,
+        )
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return [{"params": list(self.vae.parameters())}]
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {"vae": self.vae}
+
+    def loss(self, step: int, generator: torch.Generator) -> Tensor:
+        size = self.workspace.recipe.data.size
+        crop, batch = size, self.config.full_batch
+        if step < self.config.crop_share * self.steps:
+            crop, batch = self.config.crop, self.config.batch
+        frames = torch.randint(self.data.num_frames, (batch,), generator=generator).tolist()
+        corner = torch.rand(batch, 2, generator=generator)
+        noise = torch.randn(
+            batch, self.config.latent_channels, *[crop // self.factor] * 2, generator=generator
+        )
+        mine = self.workspace.ranks.rows(batch)
+        truths = []
+        for row, frame in list(enumerate(frames))[mine]:
+            truth = self.data.truth(step * self.config.batch + row)
+            objects = tuple(replace(item, track=(item.track[frame],)) for item in truth.objects)
+            truths.append(replace(truth, objects=objects))
+        images = render(truths, size)[:, 0]
+        if crop < size:
+            cut = []
+            for row, truth in enumerate(truths):
+                # a crop that holds the first object's centre: most of a frame is plain background
+                low = [
+                    min(max(int(centre * size - float(part) * crop), 0), size - crop)
+                    for centre, part in zip(
+                        truth.objects[0].track[0], corner[mine][row], strict=True
+                    )
+                ]
+                cut.append(images[row, :, low[1] : low[1] + crop, low[0] : low[0] + crop])
+            images = torch.stack(cut)
+        images = (
+            images.mul(2.0).sub(1.0).to(self.workspace.device, memory_format=torch.channels_last)
+        )
+        with self.workspace.autocast():
+            posterior = self.vae.encode(images).latent_dist
+            noise = noise[mine].to(self.workspace.device)
+            decoded = self.vae.decode(posterior.mean + posterior.std * noise).sample
+        error = decoded.float() - images
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        weight = 1.0 + self.config.edge_weight * near_edges(images)
+        error = weight * (error.abs() + 2.0 * error.square())
+        return error.mean() + self.config.kl_weight * kl
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        recipe = self.workspace.recipe
+        data = MovingShapes(
+            derive_seed(recipe.seed, "check"), num_frames=recipe.data.num_frames, split="all"
+        )
+        truths = [data.truth(index) for index in range(64)]
+        frames = render(truths, recipe.data.size)
+        decoded = torch.cat([self.reconstruct(clip) for clip in frames]).view_as(frames)
+        scores = scorer.score_truths(list(decoded), truths)
+        scores["psnr"] = float(-10.0 * (decoded - frames).square().mean().log10())
+        return scores
+
+    def gated(self, scores: dict[str, float]) -> dict[str, float]:
+        return {key: value for key, value in scores.items() if key in scorer.ATTRIBUTES}
+
+    def finish(self) -> None:
+        fold_latent_statistics(self.vae, self._sample_frames(2048))
+        self.vae.save_pretrained(self.workspace.root / "pipeline" / "vae")
+
+    def reconstruct(self, frames: Tensor) -> Tensor:
+        """Encodes and decodes frames (N, 3, H, W) in [0, 1]."""
+        images = (
+            frames.mul(2.0).sub(1.0).to(self.workspace.device, memory_format=torch.channels_last)
+        )
+        decoded = self.vae.decode(self.vae.encode(images).latent_dist.mode()).sample
+        return decoded.float().cpu().add(1.0).div(2.0).clamp(0.0, 1.0)
+
+    def _sample_frames(self, number: int) -> list[Tensor]:
+        chunks = []
+        for start in range(0, number, 64):
+            truths = [self.data.truth(10**7 + start + row) for row in range(64)]
+            images = render(
+                truths, self.workspace.recipe.data.size, frames=[start // 64 % self.data.num_frames]
+            )[:, 0]
+            chunks.append(images.mul(2.0).sub(1.0).to(self.workspace.device))
+        return chunks
+
+
+def near_edges(images: Tensor) -> Tensor:
+    """Mask (N, 1, H, W) of pixels within two of an edge; images (N, 3, H, W) in [-1, 1]."""
+    highest = F.max_pool2d(images, 5, stride=1, padding=2)
+    lowest = -F.max_pool2d(-images, 5, stride=1, padding=2)
+    return ((highest - lowest).amax(dim=1, keepdim=True) > 0.2).float()
+
+
+@torch.no_grad()
+def fold_latent_statistics(vae: AutoencoderKL, chunks: list[Tensor]) -> None:
+    """Makes every latent channel zero-mean and unit-variance, in the two 1x1 convolutions.
+
+    Stable Diffusion pipelines know a scaling factor but no shift, and a weak KL term leaves means
+    of several units.
+
+    Args:
+        vae: changed in place; decodes its own latents to the same images as before, up to rounding.
+        chunks: images (N, 3, H, W) in [-1, 1] to measure on.
+    """
+    latents = torch.cat([vae.encode(chunk).latent_dist.mean for chunk in chunks]).double()
+    mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+    channels = mean.numel()
+    encode, decode = vae.quant_conv, vae.post_quant_conv
+    weight, bias = encode.weight.double(), encode.bias.double()
+    weight[:channels] /= std.view(-1, 1, 1, 1)
+    bias[:channels] = (bias[:channels] - mean) / std
+    bias[channels:] -= 2.0 * std.log()
+    encode.weight.copy_(weight)
+    encode.bias.copy_(bias)
+    weight = decode.weight.double()
+    decode.bias.copy_(decode.bias.double() + weight[:, :, 0, 0] @ mean)
+    decode.weight.copy_(weight * std.view(1, -1, 1, 1))
+
+
+class Latents:
+    """The training clips as latents, encoded once and kept on disk.
+
+    Attributes:
+        values: (clips, T, C, h, w) float16.
+    """
+
+    def __init__(self, workspace: Workspace) -> None:
+        recipe = workspace.recipe
+        self.data = MovingShapes(
+            derive_seed(recipe.seed, "clips"),
+            num_frames=recipe.data.num_frames,
+            size=recipe.data.size,
+            split="train",
+            two_object_share=recipe.data.two_object_share,
+        )
+        pipeline = workspace.root / "pipeline"
+        weights = hashlib.sha256(
+            (pipeline / "vae" / "diffusion_pytorch_model.safetensors").read_bytes()
+        )
+        folder = workspace.root / f"latents-{weights.hexdigest()[:12]}"
+        folder.mkdir(exist_ok=True)
+        ranges = [
+            range(start, min(start + _CHUNK, recipe.data.clips))
+            for start in range(0, recipe.data.clips, _CHUNK)
+        ]
+        paths = [folder / f"{part.start:07d}-{part.stop:07d}.safetensors" for part in ranges]
+        ranks = workspace.ranks
+        missing = [item for item in zip(ranges, paths, strict=True) if not item[1].exists()]
+        ranks.wait()  # so that every rank has seen the same files missing
+        if missing:
+            vae = AutoencoderKL.from_pretrained(pipeline / "vae")
+            vae.to(workspace.device, memory_format=torch.channels_last)
+            for indices, path in missing[ranks.rank :: ranks.world]:
+                if workspace.clock.over:
+                    raise Interrupted(
+                        f"encoding stopped at clip {indices.start} of {recipe.data.clips}"
+                    )
+                temporary = path.with_suffix(".tmp")
+                save_file({"latents": self._encode(vae, indices, workspace.device)}, temporary)
+                os.replace(temporary, path)
+            ranks.wait()
+        parts = [load_file(path)["latents"] for path in paths]
+        self.values = torch.cat(parts)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @torch.no_grad()
+    def _encode(self, vae: AutoencoderKL, indices: range, device: torch.device) -> Tensor:
+        clips = []
+        for index in tqdm(indices, desc="latents", mininterval=30.0):
+            images = render([self.data.truth(index)], self.data.size)[0].mul(2.0).sub(1.0)
+            images = images.to(device, memory_format=torch.channels_last)
+            clips.append(vae.encode(images).latent_dist.mode().half().cpu().contiguous())
+        return torch.stack(clips)
+
+
+class DiffusionStage:
+    """What the two diffusion stages share: models, captions, noise, loss, sampling."""
+
+    temporal: str = "shift"
+    config: ImageConfig | VideoConfig
+    unet: LatentShiftUNet
+    text_encoder: CLIPTextModel
+
+    def __init__(self, workspace: Workspace) -> None:
+        self.workspace = workspace
+        self.recipe = workspace.recipe
+        self.pipeline = workspace.root / "pipeline"
+        self.latents = Latents(workspace)
+        if workspace.ranks.first:
+            self._learn_tokenizer()
+        workspace.ranks.wait()
+        self.tokenizer = CLIPTokenizer.from_pretrained(self.pipeline / "tokenizer")
+        self.scheduler = make_scheduler(self.recipe.schedule)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        raise NotImplementedError
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {"unet": self.unet, "text_encoder": self.text_encoder}
+
+    def encode_text(self, captions: list[str]) -> Tensor:
+        """Returns the text encoder's last hidden states (N, L, D)."""
+        tokens = self.tokenizer(
+            captions,
+            padding="max_length",
+            truncation=True,
+            max_length=self.tokenizer.model_max_length,
+            return_tensors="pt",
+        )
+        return self.text_encoder(tokens.input_ids.to(self.workspace.device))[0]
+
+    def velocity_loss(
+        self, clean: Tensor, captions: list[str], generator: torch.Generator
+    ) -> Tensor:
+        """Returns the mean squared error of the predicted velocity.
+
+        Args:
+            clean: latents (B, T, C, h, w); every clip gets one time step, drawn uniformly, for all
+                its frames.
+            captions: B captions.
+        """
+        batch = clean.shape[0]
+        noise = torch.randn(clean.shape, generator=generator)
+        steps = torch.randint(
+            self.scheduler.config.num_train_timesteps, (batch,), generator=generator
+        )
+        mine = self.workspace.ranks.rows(batch)
+        captions = captions[mine]
+        clean, noise, steps = (
+            tensor[mine].to(self.workspace.device) for tensor in (clean.float(), noise, steps)
+        )
+        noisy = self.scheduler.add_noise(clean, noise, steps)
+        target = self.scheduler.get_velocity(clean, noise, steps)
+        with self.workspace.autocast():
+            predicted = self.predict(noisy, steps, self.encode_text(captions))
+        return F.mse_loss(predicted.float(), target)
+
+    def predict(self, noisy: Tensor, steps: Tensor, text: Tensor) -> Tensor:
+        """Runs the U-Net on clips (B, T, C, h, w), one time step and one text (L, D) for each."""
+        shape = noisy.shape
+        if self.temporal == "none":
+            # frames that are clips of their own never meet
+            noisy = noisy.flatten(0, 1).unsqueeze(1)
+            steps, text = steps.repeat_interleave(shape[1]), text.repeat_interleave(shape[1], dim=0)
+        velocity = self.unet(
+            noisy.transpose(1, 2), steps, encoder_hidden_states=text, added_cond_kwargs={}
+        ).sample
+        return velocity.transpose(1, 2).reshape(shape)
+
+    @torch.no_grad()
+    def sample(self, prompts: list[Prompt], num_frames: int, seed: int) -> list[Tensor]:
+        """Samples clips (T, 3, H, W) in [0, 1] for captions, clip by clip from its own noise."""
+        settings, size = self.recipe.sampling, self.recipe.latent_size
+        vae = AutoencoderKL.from_pretrained(self.pipeline / "vae").to(self.workspace.device)
+        scheduler = make_scheduler(self.recipe.schedule)
+        clips: list[Tensor] = []
+        for start in range(0, len(prompts), settings.batch):
+            chunk = prompts[start : start + settings.batch]
+            text = self.encode_text([""] * len(chunk) + [prompt.text for prompt in chunk])
+            shape = (num_frames, self.unet.config.in_channels, size, size)
+            latents = torch.stack(
+                [
+                    torch.randn(
+                        shape,
+                        generator=torch.Generator().manual_seed(derive_seed(seed, start + row)),
+                    )
+                    for row in range(len(chunk))
+                ]
+            ).to(self.workspace.device)
+            scheduler.set_timesteps(settings.steps)
+            for step in scheduler.timesteps:
+                steps = step.expand(2 * len(chunk)).to(self.workspace.device)
+                free, bound = self.predict(torch.cat((latents, latents)), steps, text).chunk(2)
+                latents = scheduler.step(
+                    free + settings.guidance_scale * (bound - free), step, latents
+                ).prev_sample
+            for clip in latents:
+                clips.append(
+                    vae.decode(clip).sample.float().cpu().add(1.0).div(2.0).clamp(0.0, 1.0)
+                )
+        return clips
+
+    def _captions(
+        self, chosen: list[int], step: int, image: bool, generator: torch.Generator, backwards=None
+    ):
+        dropout = self.config.caption_dropout
+        dropped = (torch.rand(len(chosen), generator=generator) < dropout).tolist()
+        backwards = backwards or [False] * len(chosen)
+        return [
+            ""
+            if drop
+            else self.latents.data.prompt(index, wording=step, image=image, backwards=back).text
+            for index, drop, back in zip(chosen, dropped, backwards, strict=True)
+        ]
+
+    def _learn_tokenizer(self) -> None:
+        folder = self.pipeline / "tokenizer"
+        if not folder.exists():
+            texts = [
+                self.latents.data.prompt(index, image=bool(index % 4 == 0)).text
+                for index in range(min(len(self.latents), 5000))
+            ]
+            make_tokenizer([*texts, *vocabulary()], self.recipe.text).save_pretrained(folder)
+
+
+class ImageStage(DiffusionStage):
+    """Trains text encoder and U-Net together on single frames."""
+
+    name = "image"
+
+    def __init__(self, workspace: Workspace) -> None:
+        super().__init__(workspace)
+        recipe = self.recipe
+        self.config = recipe.image
+        self.steps, self.optimizer, self.gate = (
+            recipe.image.steps,
+            recipe.image.optimizer,
+            recipe.gates.image,
+        )
+        self.text_encoder = make_text_encoder(recipe.text, self.tokenizer).to(workspace.device)
+        # one frame is not shifted, so this is the image U-Net, on the fused operators
+        self.unet = insert_shift(make_unet(recipe)).to(
+            workspace.device, memory_format=torch.channels_last
+        )
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return [
+            {"params": list(self.unet.parameters())},
+            {"params": list(self.text_encoder.parameters())},
+        ]
+
+    def loss(self, step: int, generator: torch.Generator) -> Tensor:
+        batch = self.config.batch
+        chosen = torch.randint(len(self.latents), (batch,), generator=generator)
+        frames = torch.randint(self.latents.values.shape[1], (batch,), generator=generator)
+        clean = self.latents.values[chosen, frames].unsqueeze(1)
+        # half of the captions speak of motion, so that the words of motion are no news to the text
+        # encoder later
+        half = batch // 2
+        captions = self._captions(chosen[:half].tolist(), step, True, generator)
+        captions += self._captions(chosen[half:].tolist(), step, False, generator)
+        return self.velocity_loss(clean, captions, generator)
+
+    def evaluate(self) -> dict[str, float]:
+        prompts = scorer.held_out_prompts(
+            self.recipe.sampling.prompts, seed=2, split="all", image=True
+        )
+        return scorer.score_prompts(self.sample(prompts, 1, seed=2), prompts)
+
+    def gated(self, scores: dict[str, float]) -> dict[str, float]:
+        return {key: scores[key] for key in ("colour", "shape") if key in scores}
+
+    def finish(self) -> None:
+        folder = self.workspace.root / "image"
+        remove_shift(self.unet).save_pretrained(folder / "unet")
+        insert_shift(self.unet)
+        self.text_encoder.save_pretrained(folder / "text_encoder")
+
+
+class VideoStage(DiffusionStage):
+    """Finetunes the image model on clips, with the shift in it or, for the ablation, without."""
+
+    name = "video"
+    config: VideoConfig
+
+    def __init__(self, workspace: Workspace) -> None:
+        super().__init__(workspace)
+        recipe = self.recipe
+        self.config = recipe.video
+        self.steps, self.optimizer, self.gate = (
+            recipe.video.steps,
+            recipe.video.optimizer,
+            recipe.gates.video,
+        )
+        folder = workspace.root / "image"
+        self.text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder").to(
+            workspace.device
+        )
+        self.temporal = recipe.video.temporal
+        self.unet = insert_shift(UNet2DConditionModel.from_pretrained(folder / "unet"))
+        self.unet.to(workspace.device, memory_format=torch.channels_last)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        scale = self.config.text_learning_rate
+        return [
+            {"params": list(self.unet.parameters())},
+            {"params": list(self.text_encoder.parameters()), "scale": scale},
+        ]
+
+    def loss(self, step: int, generator: torch.Generator) -> Tensor:
+        if self.config.image_every and step % self.config.image_every == 0:
+            batch = self.config.image_batch
+            chosen = torch.randint(len(self.latents), (batch,), generator=generator)
+            frames = torch.randint(self.latents.values.shape[1], (batch,), generator=generator)
+            clean = self.latents.values[chosen, frames].unsqueeze(1)
+            return self.velocity_loss(
+                clean, self._captions(chosen.tolist(), step, True, generator), generator
+            )
+        coarse = self.config.coarse_share * (1.0 - step / self.steps)
+        stride = 2 if torch.rand((), generator=generator) < coarse else 1
+        batch = self.config.batch * stride
+        chosen = torch.randint(len(self.latents), (batch,), generator=generator)
+        # played backwards, a clip is another clip, of the opposite direction
+        backwards = torch.rand(batch, generator=generator) < 0.5
+        clean = self.latents.values[chosen, ::stride]
+        clean = torch.where(backwards.view(-1, 1, 1, 1, 1), clean.flip(1), clean)
+        captions = self._captions(chosen.tolist(), step, False, generator, backwards.tolist())
+        return self.velocity_loss(clean, captions, generator)
+
+    def evaluate(self) -> dict[str, float]:
+        number = self.recipe.sampling.prompts
+        prompts = scorer.held_out_prompts(number, seed=3)
+        return scorer.score_prompts(
+            self.sample(prompts, self.recipe.data.num_frames, seed=3), prompts
+        )
+
+    def gated(self, scores: dict[str, float]) -> dict[str, float]:
+        return {key: scores[key] for key in ("colour", "direction") if key in scores}
+
+    def finish(self) -> None:
+        folder = self.workspace.root / self.workspace.directory_of("video")
+        self.unet.save_pretrained(folder / "unet")
+        self.text_encoder.save_pretrained(folder / "text_encoder")
+
+
+def make_scheduler(config: ScheduleConfig) -> DDIMScheduler:
+    """Returns the noise schedule; sampling starts where training ends, at pure noise."""
+    return DDIMScheduler(
+        beta_start=config.beta_start,
+        beta_end=config.beta_end,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        clip_sample=False,
+        steps_offset=1,
+    )
+
+
+def make_tokenizer(texts: Sequence[str], config: TextConfig) -> CLIPTokenizer:
+    """Learns a BPE vocabulary of CLIP's form from captions.
+
+    The merges are learned here and not by `tokenizers`' trainer, which orders ties by chance: two
+    runs of one recipe have to agree on every token.
+    """
+    counts = Counter(word for text in texts for word in text.replace(",", " , ").lower().split())
+    words = {word: (*word[:-1], word[-1] + "</w>") for word in counts}
+    letters = sorted(ByteLevel.alphabet())
+    tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(x + "</w>" for x in letters)]
+    merges: list[tuple[str, str]] = []
+    while len(tokens) < config.vocab_size:
+        pairs: Counter[tuple[str, str]] = Counter()
+        for word, parts in words.items():
+            for pair in zip(parts, parts[1:], strict=False):
+                pairs[pair] += counts[word]
+        if not pairs:
+            break
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        tokens.append("".join(best))
+        words = {word: _merged(parts, best) for word, parts in words.items()}
+    vocab = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=config.max_length)
+
+
+def _merged(parts: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
+    found: list[str] = []
+    index = 0
+    while index < len(parts):
+        if parts[index : index + 2] == pair:
+            found.append(parts[index] + parts[index + 1])
+            index += 2
+        else:
+            found.append(parts[index])
+            index += 1
+    return tuple(found)
+
+
+def make_text_encoder(config: TextConfig, tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """Returns a CLIP text encoder with new weights."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=config.hidden_size,
+            intermediate_size=4 * config.hidden_size,
+            projection_dim=config.hidden_size,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            max_position_embeddings=config.max_length,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def make_unet(recipe: Recipe) -> UNet2DConditionModel:
+    """Returns a new text-to-image U-Net, whose time embedding takes the pooled text in."""
+    config, channels = recipe.unet, recipe.autoencoder.latent_channels
+    return UNet2DConditionModel(
+        sample_size=recipe.latent_size,
+        in_channels=channels,
+        out_channels=channels,
+        down_block_types=tuple(
+            "CrossAttnDownBlock2D" if has else "DownBlock2D" for has in config.attention
+        ),
+        up_block_types=tuple(
+            "CrossAttnUpBlock2D" if has else "UpBlock2D" for has in reversed(config.attention)
+        ),
+        block_out_channels=config.block_out_channels,
+        layers_per_block=config.layers_per_block,
+        cross_attention_dim=recipe.text.hidden_size,
+        attention_head_dim=config.heads,  # diffusers reads this as the number of heads
+        norm_num_groups=config.norm_num_groups,
+        addition_embed_type="text",
+        addition_embed_type_num_heads=config.heads,
+    )
+
+
+STAGES: dict[str, Callable[[Workspace], Stage]] = {
+    "autoencoder": AutoencoderStage,
+    "image": ImageStage,
+    "video": VideoStage,
+}

@@ -1,0 +1,128 @@
+"""The operator benchmark as a command: its rows, its comparison with fp64, its errors."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+TINY = [
+    "--quick", "--device", "cpu", "--threads", "1", "--site", "down3.res",
+    "--layout", "channels_last",
+]  # fmt: skip
+COLUMNS = {
+    "op", "pass", "site", "shape", "dtype", "layout", "device", "provider", "ms", "ms_low",
+    "ms_high", "gbps", "share_of_copy", "speedup_vs_roll",
+}  # fmt: skip
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    threads = torch.get_num_threads()
+    yield importlib.import_module("bench_shift")
+    torch.set_num_threads(threads)
+
+
+def test_rows_and_plot(bench, tmp_path, capsys):
+    path, plot = tmp_path / "rows.json", tmp_path / "rows.png"
+    arguments = [*TINY, "--op", "shift+group_norm_silu", "--json", str(path), "--plot", str(plot)]
+    assert bench.main(arguments) == 0
+    written = json.loads(path.read_text())
+    assert {"device", "threads", "torch", "python", "commit", "date"} <= set(written["environment"])
+    rows = written["rows"]
+    named = [(row["pass"], row["provider"]) for row in rows]
+    providers = ("clone", "latent-shift", "roll", "tsm")
+    assert named == [(p, name) for p in ("forward", "backward") for name in providers]
+    tensors = {"forward": 2, "backward": 3}
+    for row in rows:
+        assert set(row) >= COLUMNS
+        assert (row["op"], row["site"]) == ("shift+group_norm_silu", "down3.res 1280x4x4")
+        assert 0 < row["ms_low"] <= row["ms"] <= row["ms_high"]
+        count = 2 if row["provider"] == "clone" else tensors[row["pass"]]
+        floor_bytes = count * 16 * 1280 * 4 * 4 * 4
+        assert row["gbps"] == pytest.approx(floor_bytes / row["ms"] / 1e6)
+    by_name = dict(zip(named, rows, strict=True))
+    for direction in ("forward", "backward"):
+        ours, roll = by_name[direction, "latent-shift"], by_name[direction, "roll"]
+        assert ours["speedup_vs_roll"] == pytest.approx(roll["ms"] / ours["ms"])
+        assert roll["speedup_vs_roll"] == 1
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert "down3.res 1280x4x4" in capsys.readouterr().out
+
+
+def test_a_cold_cache_rotates_buffers(bench, monkeypatch):
+    monkeypatch.setattr(bench, "last_level_cache", lambda device: 8 << 20)
+    built = []
+    prepare = bench.prepare
+    monkeypatch.setattr(bench, "prepare", lambda *args: built.append(args) or prepare(*args))
+    one = ["--op", "temporal_shift", "--pass", "forward", "--provider", "latent-shift"]
+    assert bench.main([*TINY, *one, "--cache", "cold"]) == 0
+    moved = 2 * 16 * 1280 * 4 * 4 * 4  # bytes read and written by one call
+    assert (len(built) / 2 - 1) * moved >= 2 * (8 << 20)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_a_wrong_provider_is_shown_and_not_timed(bench, monkeypatch, direction, tmp_path):
+    def wraps(x, spec):
+        clips = x.unflatten(0, (-1, bench.CLIP_FRAMES))
+        prev, keep, next_ = clips.split(spec.sizes, dim=2)
+        moved = [prev.roll(1, dims=1), keep, next_.roll(-1, dims=1)]
+        return torch.cat(moved, dim=2).flatten(0, 1)
+
+    monkeypatch.setattr(bench, "roll_shift", wraps)
+    path = tmp_path / "rows.json"
+    arguments = ["--op", "shift_add", "--pass", direction, "--json", str(path)]
+    assert bench.main([*TINY, *arguments]) == 1
+    rows = {row["provider"]: row for row in json.loads(path.read_text())["rows"]}
+    assert rows["roll"]["status"] == "failed"
+    assert rows["roll"]["ms"] is None
+    assert rows["roll"]["error"] > 0.1
+    assert rows["latent-shift"]["status"] == rows["tsm"]["status"] == "ok"
+    assert rows["latent-shift"]["speedup_vs_roll"] is None
+
+
+def test_a_provider_that_raises_is_a_row(bench, monkeypatch, tmp_path):
+    def broken(op, spec, device):
+        raise RuntimeError("no compiler\nfound")
+
+    monkeypatch.setitem(bench.PROVIDERS, "roll+compile", broken)
+    path = tmp_path / "rows.json"
+    arguments = ["--op", "shift_add", "--pass", "forward", "--provider", "roll", "roll+compile"]
+    assert bench.main([*TINY, *arguments, "--json", str(path)]) == 0
+    row = json.loads(path.read_text())["rows"][-1]
+    assert (row["status"], row["ms"]) == ("error", None)
+    assert row["note"] == "RuntimeError: no compiler"
+
+
+@pytest.mark.parametrize(
+    ("option", "choice"),
+    [
+        ("op", "shift_add"),
+        ("pass", "backward"),
+        ("site", "down0.res 320x32x32"),
+        ("dtype", "bf16"),
+        ("layout", "channels_last"),
+        ("provider", "roll"),
+        ("device", "cpu"),
+        ("cache", "cold"),
+    ],
+)
+def test_an_unknown_name_lists_the_choices(bench, capsys, option, choice):
+    assert bench.main([f"--{option}", "nonsense"]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert f"--{option} nonsense" in message
+    assert choice in message
+
+
+def test_sites_are_the_norms_of_the_unet(bench):
+    for resolution, side in ((256, 32), (512, 64)):
+        sites = bench.unet_sites(resolution)
+        assert sum(site.count for site in sites) == 44  # two a block, 22 blocks
+        assert max(site.side for site in sites) == side
+        assert len({site.shape for site in sites}) == len(sites)
