@@ -16,7 +16,7 @@ demo: $(VENV)/.installed  ## set up, then write a clip of a sentence to out/demo
 	$(BIN)/latent-shift generate "a red circle moving right" --seed 0 --output out/demo
 
 test: $(VENV)/.tests-installed  ## set up, then run every test (no GPU needed)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 lint: $(VENV)/.tests-installed  ## ruff, clang-format and mypy
 	$(BIN)/ruff check .

@@ -9,6 +9,9 @@ import torch
 if not torch.cuda.is_available():
     # Read when triton is first imported, so it must stand before any test module's import.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers that spin for each other's cores take several times as long as ones that share them.
+    torch.set_num_threads(1)
 # Nothing here may reach for a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
