@@ -1,9 +1,10 @@
 """Builds the optional native libraries; everything else about the package is in pyproject.toml.
 
-``latent_shift_kernels._C`` (CPU) and ``._C_cuda`` (where torch has CUDA and nvcc is there) use LibTorch's stable ABI
-and the CPython limited API, so one binary serves torch >= 2.11 and Python >= 3.10. A library that cannot be built is
-left out, with a message on stderr and the reason in ``latent_shift_kernels/_build.json``; the package then runs on
-Triton or plain PyTorch. LATENT_SHIFT_FORCE_BUILD=1 makes that an error, LATENT_SHIFT_SKIP_BUILD=1 asks for it.
+``latent_shift_kernels._C`` (CPU) and ``._C_cuda`` (where torch has CUDA and nvcc is there) use
+LibTorch's stable ABI and the CPython limited API, so one binary serves torch >= 2.11 and
+Python >= 3.10. A library that cannot be built is left out, with a message on stderr and the reason
+in ``latent_shift_kernels/_build.json``; the package then runs on Triton or plain PyTorch.
+LATENT_SHIFT_FORCE_BUILD=1 makes that an error, LATENT_SHIFT_SKIP_BUILD=1 asks for it.
 """
 
 import json
@@ -18,7 +19,7 @@ from setuptools.command.build_py import build_py
 
 PACKAGE = "latent_shift_kernels"
 MACROS = [("TORCH_TARGET_VERSION", "0x020b000000000000")]  # torch 2.11
-CXX_FLAGS = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-Wno-psabi"]
+CXX_FLAGS = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=fast", "-Wno-psabi"]
 NVCC_FLAGS = ["-O3", "-std=c++17", "-DUSE_CUDA", "-lineinfo"]
 FIX = "pip install --no-build-isolation --force-reinstall --no-deps --no-cache-dir ."
 FORCE = os.environ.get("LATENT_SHIFT_FORCE_BUILD") == "1"
@@ -41,7 +42,7 @@ def leave_out(library: str, reason: str) -> None:
 
 
 def record(folder: str) -> None:
-    """Stores the reasons next to the package's modules, for ``python -m latent_shift_kernels info``."""
+    """Stores the reasons inside the package, for ``python -m latent_shift_kernels info``."""
     package = Path(folder, PACKAGE)
     package.mkdir(parents=True, exist_ok=True)
     (package / "_build.json").write_text(json.dumps({"missing": missing}, indent=1) + "\n")
@@ -91,11 +92,8 @@ def native() -> tuple[list, type]:
             record(".")
 
     common = {"define_macros": MACROS, "py_limited_api": True}
-    extensions = [
-        CppExtension(
-            f"{PACKAGE}._C", sorted(glob("csrc/cpu/*.cpp")), extra_compile_args=CXX_FLAGS, **common
-        )
-    ]
+    sources = sorted(glob("csrc/cpu/*.cpp"))
+    extensions = [CppExtension(f"{PACKAGE}._C", sources, extra_compile_args=CXX_FLAGS, **common)]
     cuda_sources = sorted(glob("csrc/cuda/*.cu"))
     if cuda_sources and torch.version.cuda:
         if CUDA_HOME:
@@ -103,7 +101,9 @@ def native() -> tuple[list, type]:
             os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;8.6;8.9;9.0+PTX")
             flags = {"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS}
             extensions.append(
-                CUDAExtension(f"{PACKAGE}._C_cuda", cuda_sources, extra_compile_args=flags, **common)
+                CUDAExtension(
+                    f"{PACKAGE}._C_cuda", cuda_sources, extra_compile_args=flags, **common
+                )
             )
         else:
             leave_out("_C_cuda", "nvcc was not found (set CUDA_HOME to the CUDA toolkit)")

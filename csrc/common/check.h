@@ -34,20 +34,22 @@ inline Shift make_shift(const Tensor& x, int64_t num_frames, const Ints& sizes, 
                         const std::string& boundary) {
   STD_TORCH_CHECK(x.dim() == 4, "expected (B*T, C, H, W), got ", shape_of(x));
   STD_TORCH_CHECK(num_frames > 0, "num_frames must be >= 1, got ", num_frames);
-  STD_TORCH_CHECK(x.size(0) % num_frames == 0, "a batch of ", x.size(0), " frames does not split into clips of ",
-                  num_frames);
-  STD_TORCH_CHECK(sizes.size() == 3 && offsets.size() == 3, "expected three slices, got ", sizes.size(), " sizes and ",
-                  offsets.size(), " offsets");
+  STD_TORCH_CHECK(x.size(0) % num_frames == 0, "a batch of ", x.size(0),
+                  " frames does not split into clips of ", num_frames);
+  STD_TORCH_CHECK(sizes.size() == 3 && offsets.size() == 3, "expected three slices, got ",
+                  sizes.size(), " sizes and ", offsets.size(), " offsets");
   Shift shift;
   shift.num_frames = num_frames;
   int64_t end = 0;
   for (int k = 0; k < 3; ++k) {
     STD_TORCH_CHECK(sizes[k] >= 0 && offsets[k] >= -1 && offsets[k] <= 1,
-                    "slices need sizes >= 0 and offsets in -1, 0, 1, got size ", sizes[k], " with offset ", offsets[k]);
+                    "slices need sizes >= 0 and offsets in -1, 0, 1, got size ", sizes[k],
+                    " with offset ", offsets[k]);
     shift.end[k] = end += sizes[k];
-    shift.offset[k] = static_cast<int32_t>(sizes[k] == 0 ? 0 : offsets[k]);
+    shift.offset[k] = static_cast<int32_t>(offsets[k]);
   }
-  STD_TORCH_CHECK(end == x.size(1), "the slices hold ", end, " channels, the tensor has ", x.size(1));
+  STD_TORCH_CHECK(end == x.size(1), "the slices hold ", end, " channels, the tensor has ",
+                  x.size(1));
   if (boundary == "zeros") {
     shift.boundary = Boundary::kZeros;
   } else if (boundary == "replicate") {
@@ -76,21 +78,24 @@ inline Shift opposite(const Shift& shift) {
 inline void check_same(const Tensor& x, const Tensor& other, const char* name) {
   bool same = other.dim() == x.dim() && other.scalar_type() == x.scalar_type();
   for (int64_t i = 0; same && i < x.dim(); ++i) same = other.size(i) == x.size(i);
-  STD_TORCH_CHECK(same, name, " must match x in shape and dtype: expected ", shape_of(x), ", got ", shape_of(other),
+  STD_TORCH_CHECK(same, name, " must match x in shape and dtype: expected ", shape_of(x), ", got ",
+                  shape_of(other),
                   other.scalar_type() == x.scalar_type() ? "" : " of another dtype");
 }
 
 inline void check_parameter(const OptionalTensor& parameter, int64_t channels, const char* name) {
-  STD_TORCH_CHECK(!parameter || (parameter->dim() == 1 && parameter->size(0) == channels), name, " must be (", channels,
-                  "), got ", parameter ? shape_of(*parameter) : "");
+  STD_TORCH_CHECK(!parameter || (parameter->dim() == 1 && parameter->size(0) == channels), name,
+                  " must be (", channels, "), got ", parameter ? shape_of(*parameter) : "");
 }
 
-inline void check_table(const OptionalTensor& table, int64_t frames, int64_t channels, const char* name) {
+inline void check_table(const OptionalTensor& table, int64_t frames, int64_t channels,
+                        const char* name) {
   if (!table) return;
-  const bool fits = table->dim() == 2 && table->size(1) == channels &&
-                    (table->size(0) == frames || (table->size(0) > 0 && frames % table->size(0) == 0));
-  STD_TORCH_CHECK(fits, name, " must be (R, ", channels, ") with R dividing ", frames, " frames, got ",
-                  shape_of(*table));
+  const bool fits =
+      table->dim() == 2 && table->size(1) == channels &&
+      (table->size(0) == frames || (table->size(0) > 0 && frames % table->size(0) == 0));
+  STD_TORCH_CHECK(fits, name, " must be (R, ", channels, ") with R dividing ", frames,
+                  " frames, got ", shape_of(*table));
 }
 
 }  // namespace latent_shift

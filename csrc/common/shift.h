@@ -2,7 +2,8 @@
 //
 //   y[t, slice k] = x[t + offset[k], slice k],  k = 0, 1, 2 in channel order, offset in {-1, 0, 1}
 //
-// Frames are folded into the batch: frame n of B*T is frame n % T of its clip. No torch types, host and device.
+// Frames are folded into the batch: frame n of B*T is frame n % T of its clip. No torch types, host
+// and device.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +11,8 @@
 #if defined(__CUDACC__)
 #define LS_INLINE static __host__ __device__ __forceinline__
 #else
-// Internal linkage on purpose: translation units compiled for different instruction sets include this header.
+// Internal linkage on purpose: translation units compiled for different instruction sets include
+// this header.
 #define LS_INLINE static inline __attribute__((always_inline))
 #endif
 

@@ -25,8 +25,8 @@ bool supported(const char* isa) {
   if (std::strcmp(isa, "baseline") == 0) return true;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
   if (std::strcmp(isa, "avx2") == 0) return avx2;
 #if defined(LATENT_SHIFT_EMULATE_AVX512)
   return avx2;
@@ -56,7 +56,10 @@ const Kernels& choose() {
   if (wanted && *wanted) {
     for (const Kernels* kernels : candidates)
       if (std::strcmp(kernels->isa, wanted) == 0 && supported(wanted)) return *kernels;
-    std::fprintf(stderr, "latent_shift: LATENT_SHIFT_CPU_ISA=%s is unknown or not supported here; ignored.\n", wanted);
+    std::fprintf(
+        stderr,
+        "latent_shift: LATENT_SHIFT_CPU_ISA=%s is unknown or not supported here; ignored.\n",
+        wanted);
   }
   for (const Kernels* kernels : candidates)
     if (supported(kernels->isa)) return *kernels;

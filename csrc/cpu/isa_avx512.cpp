@@ -1,7 +1,7 @@
 // The kernels for x86-64 with AVX-512 F, BW, DQ and VL: 64-byte vectors.
 //
-// With LATENT_SHIFT_EMULATE_AVX512 the same 64-byte source is lowered to AVX2, so that tests can run it on a machine
-// without AVX-512.
+// With LATENT_SHIFT_EMULATE_AVX512 the same 64-byte source is lowered to AVX2, so that tests can
+// run it on a machine without AVX-512.
 #if defined(__x86_64__)
 
 #include <immintrin.h>
@@ -19,7 +19,8 @@
 #endif
 
 #define LS_PRAGMA(text) _Pragma(#text)
-#define LS_PUSH_TARGET(name) LS_PRAGMA(clang attribute push(__attribute__((target(name))), apply_to = function))
+#define LS_PUSH_TARGET(name) \
+  LS_PRAGMA(clang attribute push(__attribute__((target(name))), apply_to = function))
 #define LS_SET_TARGET(name) LS_PRAGMA(GCC target(name))
 #if defined(__clang__)
 LS_PUSH_TARGET(LS_TARGET)

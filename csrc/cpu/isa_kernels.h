@@ -1,4 +1,5 @@
-// Everything one instruction set compiles, and its table of kernels. Included last by each isa_*.cpp file.
+// Everything one instruction set compiles, and its table of kernels. Included last by each
+// isa_*.cpp file.
 #pragma once
 
 #include "kernels.h"
@@ -14,7 +15,8 @@ namespace latent_shift {
 namespace LS_ISA {
 
 extern const Kernels kKernels;
-const Kernels kKernels = {LS_NAME(LS_ISA), shift, shift_add, norm_scratch, norm_forward, norm_backward};
+const Kernels kKernels = {LS_NAME(LS_ISA), shift,        shift_add,
+                          norm_scratch,    norm_forward, norm_backward};
 
 }  // namespace LS_ISA
 }  // namespace latent_shift

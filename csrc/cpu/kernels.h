@@ -1,7 +1,8 @@
-// What the operators (torch side) ask of the kernels (one instance per instruction set): plain structs, no torch.
+// What the operators (torch side) ask of the kernels (one instance per instruction set): plain
+// structs, no torch.
 //
-// A kernel processes the units [begin, end) of its operator. Units never share an output element and no result
-// depends on how units are spread over threads, so any partition gives the same bits.
+// A kernel processes the units [begin, end) of its operator. Units never share an output element
+// and no result depends on how units are spread over threads, so any partition gives the same bits.
 #pragma once
 
 #include <cstddef>
@@ -13,7 +14,8 @@ namespace latent_shift {
 
 enum class DType : int32_t { kFloat, kBFloat16, kHalf, kDouble };
 
-// A tensor (N, C, H, W) is N frames of C planes of P pixels (NCHW) or of P rows of C channels (channels_last).
+// A tensor (N, C, H, W) is N frames of C planes of P pixels (NCHW) or of P rows of C channels
+// (channels_last).
 struct Geometry {
   DType dtype;
   bool channels_last;
@@ -30,8 +32,8 @@ struct ShiftArgs {
   Geometry geometry;
   int64_t element_size;  // of x; any type can be moved, adding needs geometry.dtype
   Shift shift;
-  bool add_ends;         // adjoint of replicate: end frames also receive what they had read themselves
-  const void* x;         // [N, C, P]
+  bool add_ends;  // adjoint of replicate: end frames also receive what they had read themselves
+  const void* x;  // [N, C, P]
   const void* residual;  // [N, C, P], shift_add only
   double scale;          // shift_add only
   void* y;               // [N, C, P]
@@ -47,8 +49,9 @@ struct NormArgs {
   int64_t span;                    // channels (whole groups) per unit, channels_last
   double eps;
   bool streaming;
-  const void* zeros;  // P (NCHW) or C (channels_last) zeros, what a frame outside the clip looks like
-  const void* x;      // [N, C, P]
+  const void*
+      zeros;      // P (NCHW) or C (channels_last) zeros, what a frame outside the clip looks like
+  const void* x;  // [N, C, P]
   const void* residual;  // [N, C, P] or null
   Table temb, weight, bias, ada_scale, ada_shift;
   void *mean, *rstd;  // [N, G], written by forward, read by backward
@@ -56,10 +59,10 @@ struct NormArgs {
   void* y;    // [N, C, P]
   void* sum;  // [N, C, P] or null
   // backward
-  bool scatter;            // dx is written where the shift had read x
-  bool is_sum;             // x is the stored sum: neither shift nor temb applies to it any more
-  const void *dy, *dsum;   // [N, C, P]
-  void *dx, *dresidual;    // [N, C, P]; dresidual null where it equals dx
+  bool scatter;             // dx is written where the shift had read x
+  bool is_sum;              // x is the stored sum: neither shift nor temb applies to it any more
+  const void *dy, *dsum;    // [N, C, P]
+  void *dx, *dresidual;     // [N, C, P]; dresidual null where it equals dx
   void *dz, *dz_xhat, *ds;  // [N, C] sums over pixels; ds null without temb
 };
 
@@ -77,8 +80,9 @@ LS_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Units of one frame.
 LS_INLINE int64_t shift_units(const ShiftArgs& a) {
   const int64_t row = a.geometry.channels_last ? a.geometry.channels * a.element_size : 1;
-  const int64_t rows = a.geometry.channels_last ? a.geometry.pixels
-                                                : a.geometry.channels * a.geometry.pixels * a.element_size;
+  const int64_t rows = a.geometry.channels_last
+                           ? a.geometry.pixels
+                           : a.geometry.channels * a.geometry.pixels * a.element_size;
   const int64_t rows_per_unit = a.block / row > 0 ? a.block / row : 1;
   return ceil_div(rows, rows_per_unit);
 }
@@ -87,7 +91,8 @@ LS_INLINE int64_t norm_units(const NormArgs& a) {
   return a.geometry.channels_last ? ceil_div(a.geometry.channels, a.span) : a.groups;
 }
 
-// The best of what this machine runs, or LATENT_SHIFT_CPU_ISA (baseline, avx2, avx512), chosen once.
+// The best of what this machine runs, or LATENT_SHIFT_CPU_ISA (baseline, avx2, avx512), chosen
+// once.
 const Kernels& kernels();
 
 }  // namespace latent_shift

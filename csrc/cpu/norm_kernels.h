@@ -1,27 +1,26 @@
 // Shift, residual, GroupNorm and SiLU in one visit of the cache, forward and backward.
 //
-//   s = [residual +] shift_before(x) [+ temb]          stored (and rounded) where there is a residual
+//   s = [residual +] shift_before(x) [+ temb]    stored (and rounded) where there is a residual
 //   z = (s - mean) * scale + shift,  y = shift_after(silu(z))
-//   scale = rstd * weight * (1 + ada_scale),  shift = bias * (1 + ada_scale) + ada_shift, per (frame, channel)
+//   scale = rstd * weight * (1 + ada_scale),  shift = bias * (1 + ada_scale) + ada_shift
 //
-// A unit is one frame and one group (NCHW) or a span of whole groups (channels_last) that fits the L2 cache: its
-// input is read from memory once, then mean, centred variance and the activation come out of cache. The shift is
-// the frame of the load (before) or of the store (after). While a unit computes exponentials, the next one's input
-// is prefetched.
+// A unit is one frame and one group (NCHW), or one frame and a span of whole groups (channels_last).
+// Its input comes from memory once; mean, centred variance and the activation come out of cache, L2
+// in NCHW. The shift is the frame of the load (before) or of the store (after). While a unit computes
+// exponentials, the next one's input is prefetched.
 //
-// channels_last units are cut into slots: vectors of channels that lie in one slice, the last vector of a slice
-// overlapping its predecessor, so that no lane is masked and group boundaries do not matter. Statistics are kept per
-// channel and merged to groups.
+// channels_last units are cut into slots: vectors of channels that lie in one slice, the last
+// vector of a slice overlapping its predecessor, so that no lane is masked and group boundaries do
+// not matter. Statistics are kept per channel, over blocks of pixels that stay in cache, and merged
+// to frames and groups (Chan et al. 1979).
 //
-// Statistics are fp32 (fp64 for fp64), two-pass with the residual of the first mean as correction. All sums run in an
-// order given by the shape alone. Included by the isa_*.cpp files after vec.h.
+// Statistics are fp32 (fp64 for fp64), two-pass, with the mean of the differences as correction.
+// All sums run in an order given by the shape alone. Included by the isa_*.cpp files after vec.h.
 #pragma once
 
 namespace latent_shift {
 namespace LS_ISA {
 namespace {
-
-constexpr int kRows = 8;  // pixels per block, channels_last
 
 LS_FN char* carve(char*& scratch, int64_t bytes) {
   char* begin = scratch;
@@ -55,7 +54,23 @@ LS_FN A gain(const Affine<A>& f, int64_t c) {
 }
 template <typename A>
 LS_FN A constant(const Affine<A>& f, int64_t c) {
-  return (f.bias ? f.bias[c] : 0) * (f.ada_scale ? 1 + f.ada_scale[c] : 1) + (f.ada_shift ? f.ada_shift[c] : 0);
+  return (f.bias ? f.bias[c] : 0) * (f.ada_scale ? 1 + f.ada_scale[c] : 1) +
+         (f.ada_shift ? f.ada_shift[c] : 0);
+}
+
+// Both for channels [c0, c1), in loops that vectorise.
+template <typename A>
+LS_FN void tabulate(const Affine<A>& f, int64_t c0, int64_t c1, A* gains, A* constants) {
+  const int64_t count = c1 - c0;
+  for (int64_t i = 0; i < count; ++i) gains[i] = f.weight ? f.weight[c0 + i] : 1;
+  for (int64_t i = 0; i < count; ++i) constants[i] = f.bias ? f.bias[c0 + i] : 0;
+  if (f.ada_scale)
+    for (int64_t i = 0; i < count; ++i) {
+      gains[i] *= 1 + f.ada_scale[c0 + i];
+      constants[i] *= 1 + f.ada_scale[c0 + i];
+    }
+  if (f.ada_shift)
+    for (int64_t i = 0; i < count; ++i) constants[i] += f.ada_shift[c0 + i];
 }
 
 // Where a slice of frame n is read and written. Frames are -1 where there is none.
@@ -78,8 +93,8 @@ LS_FN Route forward_route(const NormArgs& a, int64_t n, int slice) {
   return route;
 }
 
-// Backward of the stores: dy is gathered from the reader (shift_after), dx scattered to the source (scatter).
-// Replicated ends, where two gradients meet, are left to the operator.
+// Backward of the stores: dy is gathered from the reader (shift_after), dx scattered to the source
+// (scatter). Replicated ends, where two gradients meet, are left to the operator.
 LS_FN Route backward_route(const NormArgs& a, int64_t n, int slice) {
   const int32_t offset = a.shift.offset[slice];
   Route route{n, {n, -1}, -1};
@@ -91,61 +106,97 @@ LS_FN Route backward_route(const NormArgs& a, int64_t n, int slice) {
   return route;
 }
 
-// ---- NCHW ----
+// silu_of((x - center) * scale + shift) is the activation; scale and shift hold the factor
+// -log2(e). NaNs are made canonical, see Lane<BFloat16>::packed_clean.
+template <typename A>
+struct Line {
+  A center, scale, shift;
+};
 
-// Calls term(i, j, lanes) for the vectors of a plane, j < 4 naming one of four independent chains.
-template <typename V, int L, typename Term>
-LS_FN void for_each_vector(int64_t pixels, const Term& term) {
-  int64_t i = 0;
-  for (; i + 4 * L <= pixels; i += 4 * L) {
-    term(i, 0, L);
-    term(i + L, 1, L);
-    term(i + 2 * L, 2, L);
-    term(i + 3 * L, 3, L);
-  }
-  for (; i + L <= pixels; i += L) term(i, 0, L);
-  if (i < pixels) term(i, 1, pixels - i);
+template <typename A>
+LS_FN A canonical(A v) {
+  return v == v ? v : static_cast<A>(__builtin_nan(""));
 }
 
-// Adds term(i, lanes) over a plane to `sums`, in chunks of 32 vectors so that long sums round as little as short ones:
-// half-precision inputs share their trailing bits, and rounding errors that agree in sign would not average out.
-template <typename V, int L, int kSums, typename Term>
-LS_FN void accumulate(int64_t pixels, V (*sums)[kSums], const Term& term) {
-  for (int64_t chunk = 0; chunk < pixels; chunk += 32 * L) {
-    const int64_t count = pixels - chunk < 32 * L ? pixels - chunk : 32 * L;
-    V partial[4][kSums] = {};
-    for_each_vector<V, L>(count, [&](int64_t i, int j, int64_t lanes) { term(chunk + i, partial[j], lanes); });
-    for (int k = 0; k < kSums; ++k)
-      sums[0][k] += (partial[0][k] + partial[1][k]) + (partial[2][k] + partial[3][k]);
-  }
+template <typename A>
+LS_FN Line<A> line_of(const Affine<A>& f, int64_t c, A mean, A rstd) {
+  constexpr A kFactor = static_cast<A>(-kLog2E);
+  return {canonical(mean - (f.temb ? f.temb[c] : 0)), canonical(kFactor * (rstd * gain(f, c))),
+          canonical(kFactor * constant(f, c))};
 }
 
-// Narrower non-temporal stores cost more than they save.
 template <typename T>
-constexpr bool kStreamable = sizeof(T) * Lane<T>::kLanes == LS_BYTES;
+LS_FN void prefetch_l2(const T* p) {
+  __builtin_prefetch(p, 0, 2);
+}
+// Also for lines about to be written: strided stores would otherwise wait for them one by one.
+template <typename T>
+LS_FN void prefetch_l1(const T* p) {
+  __builtin_prefetch(p, 0, 3);
+}
+
+template <typename T>
+LS_FN void write_clean(T* to, typename Lane<T>::Vec v, int64_t lanes, bool streaming) {
+  if (__builtin_expect(lanes != Lane<T>::kLanes, 0)) return store(to, v, lanes);
+  if constexpr (Lane<T>::element(1) != 1) {  // bf16
+    const UIntVec both = Lane<T>::packed_clean(v);
+    if (streaming) return stream_bytes(to, both);
+    __builtin_memcpy(to, &both, sizeof(both));
+  } else {
+    if (streaming) return Lane<T>::stream(to, v);
+    Lane<T>::store(to, v);
+  }
+}
 
 template <typename T>
 LS_FN void write(T* to, typename Lane<T>::Vec v, int64_t lanes, bool streaming) {
-  if (streaming && lanes == Lane<T>::kLanes) {
-    Lane<T>::stream(to, v);
-  } else {
-    store(to, v, lanes);
+  if (streaming && lanes == Lane<T>::kLanes) return Lane<T>::stream(to, v);
+  store(to, v, lanes);
+}
+
+LS_FN bool aligned(const void* p) { return (reinterpret_cast<uintptr_t>(p) & (LS_BYTES - 1)) == 0; }
+
+// ---- NCHW ----
+
+// Adds term(i, sums, lanes) over a plane, in chunks of 32 registers so that long sums round as
+// little as short ones: half-precision inputs share their trailing bits, and rounding errors that
+// agree in sign would not average out.
+template <typename T, int kSums, typename Term>
+LS_FN void accumulate(int64_t pixels, typename Lane<T>::Vec (&sums)[kSums], const Term& term) {
+  typedef typename Lane<T>::Vec V;
+  constexpr int64_t L = Lane<T>::kLanes;
+  for (int64_t begin = 0; begin < pixels; begin += 16 * L) {
+    const int64_t end = pixels - begin < 16 * L ? pixels : begin + 16 * L;
+    V even[kSums] = {}, odd[kSums] = {};
+    int64_t i = begin;
+    for (; i + 2 * L <= end; i += 2 * L) {
+      term(i, even, L);
+      term(i + L, odd, L);
+    }
+    if (i + L <= end) {
+      term(i, even, L);
+      i += L;
+    }
+    if (i < end) term(i, odd, end - i);
+    for (int k = 0; k < kSums; ++k) sums[k] += even[k] + odd[k];
   }
 }
 
-template <typename T>
-LS_FN void prefetch(const T* p) {
-  __builtin_prefetch(p, 0, 2);
+// Calls term(i, lanes) for the vectors of a plane.
+template <typename T, typename Term>
+LS_FN void for_each_vector(int64_t pixels, const Term& term) {
+  constexpr int64_t L = Lane<T>::kLanes;
+  int64_t i = 0;
+  for (; i + L <= pixels; i += L) term(i, L);
+  if (i < pixels) term(i, pixels - i);
 }
 
 template <typename T>
 static void norm_forward_planes(const NormArgs& a, int64_t begin, int64_t end) {
   typedef typename Lane<T>::Acc A;
   typedef typename Lane<T>::Vec V;
-  constexpr int L = Lane<T>::kLanes;
   const Geometry& g = a.geometry;
-  const int64_t P = g.pixels, D = g.channels / a.groups, slab = D * P;
-  const int64_t frame = g.channels * P;
+  const int64_t P = g.pixels, D = g.channels / a.groups, slab = D * P, frame = g.channels * P;
   const T* x = static_cast<const T*>(a.x);
   const T* residual = static_cast<const T*>(a.residual);
   const T* zeros = static_cast<const T*>(a.zeros);
@@ -160,78 +211,91 @@ static void norm_forward_planes(const NormArgs& a, int64_t begin, int64_t end) {
       return from < 0 ? zeros : x + from * frame + c * P;
     };
 
-    V total[1][1] = {};
+    // for statistics, planes that lie next to each other are one, unless each needs a number of its
+    // own
+    const auto run_end = [&](int64_t c) {
+      const int slice = slice_of(a.shift, c);
+      if (f.temb || routes[slice].from < 0) return c + 1;
+      return a.shift.end[slice] < c0 + D ? a.shift.end[slice] : c0 + D;
+    };
+    V total[1] = {};
     A temb_total = 0;
-    for (int64_t c = c0; c < c0 + D; ++c) {
+    for (int64_t c = c0, next; c < c0 + D; c = next) {
+      next = run_end(c);
+      const int64_t pixels = (next - c) * P;
       const T* source = plane(c);
       const A temb = f.temb ? f.temb[c] : 0;
       if (residual) {
         const T* other = residual + n * frame + c * P;
         T* stored = sum + n * frame + c * P;
-        accumulate<V, L, 1>(P, total, [&](int64_t i, V* partial, int64_t lanes) {
-          V v = load(source + i, lanes) + load(other + i, lanes);
-          v = rounded<T>(v + temb);
+        accumulate<T>(pixels, total, [&](int64_t i, V* partial, int64_t lanes) {
+          const V v = rounded<T>(load(source + i, lanes) + load(other + i, lanes) + temb);
           store(stored + i, v, lanes);
-          partial[0] += lanes == L ? v : first_lanes(v, lanes);
+          partial[0] += first_lanes<T>(v, lanes);
         });
       } else {
-        accumulate<V, L, 1>(
-            P, total, [&](int64_t i, V* partial, int64_t lanes) { partial[0] += load(source + i, lanes); });
+        accumulate<T>(pixels, total, [&](int64_t i, V* partial, int64_t lanes) {
+          partial[0] += load(source + i, lanes);
+        });
         temb_total += temb;
       }
     }
     if (residual) f.temb = nullptr;  // it is in the stored sum
-    const A count = static_cast<A>(slab);
-    const A estimate = (sum_lanes(total[0][0]) + temb_total * P) / count;
-    const A pivot = truncated(V{} + estimate)[0];
+    const A pivot = truncated((sum_lanes(total[0]) + temb_total * P) / static_cast<A>(slab));
 
     const auto input = [&](int64_t c) { return residual ? sum + n * frame + c * P : plane(c); };
-    V moments[1][2] = {};
-    for (int64_t c = c0; c < c0 + D; ++c) {
+    V moments[2] = {};
+    for (int64_t c = c0, next; c < c0 + D; c = next) {
+      next = run_end(c);
+      const int64_t pixels = (next - c) * P;
       const T* source = input(c);
       const A center = pivot - (f.temb ? f.temb[c] : 0);
-      accumulate<V, L, 2>(P, moments, [&](int64_t i, V* partial, int64_t lanes) {
-        V d = load(source + i, lanes) - center;
-        if (lanes != L) d = first_lanes(d, lanes);
+      accumulate<T>(pixels, moments, [&](int64_t i, V* partial, int64_t lanes) {
+        const V d = first_lanes<T>(load(source + i, lanes) - center, lanes);
         partial[0] += d;
         partial[1] += d * d;
       });
     }
-    const A drift = sum_lanes(moments[0][0]) / count;
-    const A squares = sum_lanes(moments[0][1]) / count;
-    const A mean = pivot + drift;
-    const A variance = squares - drift * drift;
-    const A rstd = 1 / __builtin_sqrt((variance > 0 ? variance : variance * 0) + a.eps);
+    const double drift = static_cast<double>(sum_lanes(moments[0])) / slab;
+    const double variance = static_cast<double>(sum_lanes(moments[1])) / slab - drift * drift;
+    const A mean = static_cast<A>(pivot + drift);
+    const A rstd =
+        static_cast<A>(1 / __builtin_sqrt((variance > 0 ? variance : variance * 0) + a.eps));
     static_cast<A*>(a.mean)[unit] = mean;
     static_cast<A*>(a.rstd)[unit] = rstd;
 
     for (int64_t c = c0; c < c0 + D; ++c) {
       const T* source = input(c);
-      const T* next = residual ? plane(c) + slab : source + slab;
+      // the next unit's planes follow this one's
+      const T* next = plane(c) + slab;
       const T* next_residual = residual ? residual + n * frame + c * P + slab : nullptr;
       const Route& route = routes[slice_of(a.shift, c)];
-      const A center = mean - (f.temb ? f.temb[c] : 0);
-      const A scale = rstd * gain(f, c), shift = constant(f, c);
+      const Line<A> line = line_of(f, c, mean, rstd);
       T* to = route.to[0] < 0 ? nullptr : y + route.to[0] * frame + c * P;
       T* again = route.to[1] < 0 ? nullptr : y + route.to[1] * frame + c * P;
-      const bool aligned = (reinterpret_cast<uintptr_t>(to) & (LS_BYTES - 1)) == 0;
-      const bool streaming = kStreamable<T> && a.streaming && aligned && !again;
+      const bool streaming = a.streaming && aligned(to);
       if (to) {
-        for_each_vector<V, L>(P, [&](int64_t i, int j, int64_t lanes) {
-          // one prefetch per cache line
-          if (j * L * sizeof(T) % 64 == 0) {
-            prefetch(next + i);
-            if (next_residual) prefetch(next_residual + i);
-          }
-          const V v = silu((load(source + i, lanes) - center) * scale + shift);
-          write(to + i, v, lanes, streaming);
-          if (again) store(again + i, v, lanes);
+        for_each_vector<T>(P, [&](int64_t i, int64_t lanes) {
+          prefetch_l2(next + i);
+          if (next_residual) prefetch_l2(next_residual + i);
+          const V v = silu_of((load(source + i, lanes) - line.center) * line.scale + line.shift);
+          write_clean(to + i, v, lanes, streaming);
+          if (again) write_clean(again + i, v, lanes, false);
         });
       }
-      if (route.cleared >= 0) __builtin_memset(static_cast<void*>(y + route.cleared * frame + c * P), 0, P * sizeof(T));
+      if (route.cleared >= 0)
+        __builtin_memset(static_cast<void*>(y + route.cleared * frame + c * P), 0, P * sizeof(T));
     }
   }
   if (a.streaming) stream_fence();
+}
+
+// What the loss gradient of z is made of: t = -log2(e) * z.
+template <typename V, typename A>
+LS_FN V silu_gradient(V dy, V t, A) {
+  const V gate = sigmoid_of(t);
+  const V z = t * static_cast<A>(-1 / kLog2E);
+  return dy * (gate + gate * z * (A{1} - gate));
 }
 
 template <typename T>
@@ -246,7 +310,8 @@ static void norm_backward_planes(const NormArgs& a, int64_t begin, int64_t end, 
   const T *dy = static_cast<const T*>(a.dy), *dsum = static_cast<const T*>(a.dsum);
   const T* zeros = static_cast<const T*>(a.zeros);
   T *dx = static_cast<T*>(a.dx), *dresidual = static_cast<T*>(a.dresidual);
-  A *dz_sums = static_cast<A*>(a.dz), *dz_xhat_sums = static_cast<A*>(a.dz_xhat), *ds_sums = static_cast<A*>(a.ds);
+  A *dz_sums = static_cast<A*>(a.dz), *dz_xhat_sums = static_cast<A*>(a.dz_xhat),
+    *ds_sums = static_cast<A*>(a.ds);
   A* dz = reinterpret_cast<A*>(carve(scratch, D * padded * sizeof(A)));  // [D, P]
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t n = unit / a.groups, c0 = unit % a.groups * D;
@@ -267,29 +332,30 @@ static void norm_backward_planes(const NormArgs& a, int64_t begin, int64_t end, 
       return from < 0 ? zeros : dy + from * frame + c * P;
     };
 
-    A mean_dxhat = 0, mean_dxhat_xhat = 0;
+    double mean_dxhat = 0, mean_dxhat_xhat = 0;
     for (int64_t c = c0; c < c0 + D; ++c) {
       const T *source = x_plane(c), *grad = dy_plane(c);
       A* kept = dz + (c - c0) * padded;
-      const A center = mean - (f.temb ? f.temb[c] : 0), scale = gain(f, c), shift = constant(f, c);
-      V sums[1][2] = {};
-      accumulate<V, L, 2>(P, sums, [&](int64_t i, V* partial, int64_t lanes) {
-        const V xhat = (load(source + i, lanes) - center) * rstd;
-        const V z = xhat * scale + shift;
-        const V gate = sigmoid(z);
-        const V v = load(grad + i, lanes) * (gate + gate * z * (1 - gate));  // 0 * finite = 0 behind the last lane
+      const A center = mean - (f.temb ? f.temb[c] : 0);
+      const A scale = static_cast<A>(-kLog2E * rstd * gain(f, c)),
+              shift = static_cast<A>(-kLog2E * constant(f, c));
+      V sums[2] = {};
+      accumulate<T>(P, sums, [&](int64_t i, V* partial, int64_t lanes) {
+        const V d = load(source + i, lanes) - center;
+        // dy is zero behind the last lane
+        const V v = silu_gradient(load(grad + i, lanes), d * scale + shift, A{});
         Lane<A>::store(kept + i, v);
-        partial[0] += lanes == L ? v : first_lanes(v, lanes);
-        partial[1] += lanes == L ? v * xhat : first_lanes(v * xhat, lanes);
+        partial[0] += first_lanes<T>(v, lanes);
+        partial[1] += first_lanes<T>(v * d, lanes);
       });
-      const A dz_sum = sum_lanes(sums[0][0]), dz_xhat_sum = sum_lanes(sums[0][1]);
+      const A dz_sum = sum_lanes(sums[0]), dz_xhat_sum = sum_lanes(sums[1]) * rstd;
       dz_sums[n * g.channels + c] = dz_sum;
       dz_xhat_sums[n * g.channels + c] = dz_xhat_sum;
-      mean_dxhat += dz_sum * scale;
-      mean_dxhat_xhat += dz_xhat_sum * scale;
+      mean_dxhat += static_cast<double>(dz_sum) * gain(f, c);
+      mean_dxhat_xhat += static_cast<double>(dz_xhat_sum) * gain(f, c);
     }
-    mean_dxhat /= static_cast<A>(slab);
-    mean_dxhat_xhat /= static_cast<A>(slab);
+    const A of_x = static_cast<A>(-mean_dxhat_xhat / slab * rstd * rstd);
+    const A fixed = static_cast<A>(-mean_dxhat / slab * rstd);
 
     for (int64_t c = c0; c < c0 + D; ++c) {
       const T* source = x_plane(c);
@@ -297,26 +363,22 @@ static void norm_backward_planes(const NormArgs& a, int64_t begin, int64_t end, 
       const T* extra = dsum ? dsum + n * frame + c * P : nullptr;
       const A* kept = dz + (c - c0) * padded;
       const Route& route = routes[slice_of(a.shift, c)];
-      const A center = mean - (f.temb ? f.temb[c] : 0);
-      const A of_dz = gain(f, c) * rstd, of_x = -mean_dxhat_xhat * rstd * rstd, fixed = -mean_dxhat * rstd;
+      const A center = mean - (f.temb ? f.temb[c] : 0), of_dz = gain(f, c) * rstd;
       T* to = route.to[0] < 0 ? nullptr : dx + route.to[0] * frame + c * P;
       T* again = dresidual ? dresidual + n * frame + c * P : nullptr;
-      const bool aligned = (reinterpret_cast<uintptr_t>(to) & (LS_BYTES - 1)) == 0;
-      const bool streaming = kStreamable<T> && a.streaming && aligned && !again;
-      V total[4] = {};
-      for_each_vector<V, L>(P, [&](int64_t i, int j, int64_t lanes) {
-        if (j * L * sizeof(T) % 64 == 0) {
-          prefetch(next + i);
-          prefetch(next_grad + i);
-        }
-        V v = (load(source + i, lanes) - center) * of_x + fixed;
+      const bool streaming = a.streaming && aligned(to);
+      V total[1] = {};
+      accumulate<T>(P, total, [&](int64_t i, V* partial, int64_t lanes) {
+        prefetch_l2(next + i);
+        prefetch_l2(next_grad + i);
+        V v = (load(source + i, lanes) - center) * of_x + (V{} + fixed);
         v = Lane<A>::load(kept + i) * of_dz + v;
         if (extra) v += load(extra + i, lanes);
-        if (ds_sums) total[j] += lanes == L ? v : first_lanes(v, lanes);
+        if (ds_sums) partial[0] += first_lanes<T>(v, lanes);
         if (to) write(to + i, v, lanes, streaming);
         if (again) store(again + i, v, lanes);
       });
-      if (ds_sums) ds_sums[n * g.channels + c] = sum_lanes((total[0] + total[1]) + (total[2] + total[3]));
+      if (ds_sums) ds_sums[n * g.channels + c] = sum_lanes(total[0]);
       if (route.cleared >= 0)
         __builtin_memset(static_cast<void*>(dx + route.cleared * frame + c * P), 0, P * sizeof(T));
     }
@@ -326,47 +388,71 @@ static void norm_backward_planes(const NormArgs& a, int64_t begin, int64_t end, 
 
 // ---- channels_last ----
 
-// A vector of channels of one slice. Rows are C elements apart; a missing input is a row of zeros, 0 apart.
-struct Slot {
-  int64_t channel, lanes;
-  int64_t route;  // slice
+// Channels [begin, end) of a unit that lie in one slice, cut into `slots` vectors, numbered from
+// `first`. The last one ends with the slice, over its predecessor; a slice narrower than a vector
+// has one partial slot.
+struct Segment {
+  int64_t begin, end, first, slots, lanes;
+  int slice;
+
+  int64_t channel(int64_t slot, int64_t L) const {
+    const int64_t c = begin + slot * L;
+    return c + lanes > end ? end - lanes : c;
+  }
 };
 
-// Cuts channels [c0, c1) into slots that do not cross slices (only those of a shift that is applied).
-LS_FN int64_t make_slots(const NormArgs& a, int64_t lanes, int64_t c0, int64_t c1, Slot* slots) {
-  int64_t count = 0;
+struct Segments {
+  Segment of[3];
+  int count;
+  int64_t slots;
+};
+
+LS_FN Segments make_segments(const NormArgs& a, int64_t L, int64_t c0, int64_t c1) {
+  Segments s;
+  s.count = 0;
+  s.slots = 0;
   for (int k = 0; k < 3; ++k) {
-    int64_t lo = slice_begin(a.shift, k), hi = a.shift.end[k];
-    if (lo < c0) lo = c0;
-    if (hi > c1) hi = c1;
-    for (int64_t c = lo; c < hi; c += lanes) {
-      Slot slot{c, lanes, k};
-      if (c + lanes > hi) {
-        if (hi - lo >= lanes) {
-          slot.channel = hi - lanes;
-        } else {
-          slot.lanes = hi - c;
-        }
-      }
-      slots[count++] = slot;
-    }
+    const int64_t lo = slice_begin(a.shift, k) > c0 ? slice_begin(a.shift, k) : c0;
+    const int64_t hi = a.shift.end[k] < c1 ? a.shift.end[k] : c1;
+    if (lo >= hi) continue;
+    s.of[s.count++] = {lo, hi, s.slots, ceil_div(hi - lo, L), hi - lo < L ? hi - lo : L, k};
+    s.slots += ceil_div(hi - lo, L);
   }
-  return count;
+  return s;
 }
 
 LS_FN int64_t max_slots(const NormArgs& a, int64_t lanes) { return a.span / lanes + 4; }
 
+// A frame's rows, or a row of zeros again and again where the frame lies outside the clip.
 template <typename T>
-struct Source {
+struct Rows {
   const T* p;
   int64_t stride;
 };
 
 template <typename T>
-LS_FN Source<T> source_of(const T* x, const T* zeros, int64_t from, int64_t channel, const Geometry& g) {
+LS_FN Rows<T> rows_of(const T* x, const T* zeros, int64_t from, const Geometry& g) {
   if (from < 0) return {zeros, 0};
-  return {x + from * g.pixels * g.channels + channel, g.channels};
+  return {x + from * g.pixels * g.channels, g.channels};
 }
+
+// Calls term(slot, channel, lanes, slice) for every slot of the unit.
+template <int L, typename Term>
+LS_FN void for_each_slot(const Segments& segments, const Term& term) {
+  for (int s = 0; s < segments.count; ++s) {
+    const Segment& segment = segments.of[s];
+    if (segment.lanes == L) {
+      for (int64_t j = 0; j < segment.slots; ++j)
+        term(segment.first + j, segment.channel(j, L), int64_t{L}, segment.slice);
+    } else {
+      term(segment.first, segment.begin, segment.lanes, segment.slice);
+    }
+  }
+}
+
+constexpr int64_t kBlock =
+    64;                       // pixels whose statistics are taken together while they are in cache
+constexpr int64_t kStep = 8;  // pixels summed before they are added to a slot's sum
 
 template <typename T>
 static void norm_forward_rows(const NormArgs& a, int64_t begin, int64_t end, char* scratch) {
@@ -374,129 +460,172 @@ static void norm_forward_rows(const NormArgs& a, int64_t begin, int64_t end, cha
   typedef typename Lane<T>::Vec V;
   constexpr int L = Lane<T>::kLanes;
   const Geometry& g = a.geometry;
-  const int64_t P = g.pixels, C = g.channels, D = C / a.groups, frame = C * P, units = norm_units(a);
+  const int64_t P = g.pixels, C = g.channels, D = C / a.groups, frame = C * P,
+                units = norm_units(a);
   const T* x = static_cast<const T*>(a.x);
   const T* residual = static_cast<const T*>(a.residual);
   const T* zeros = static_cast<const T*>(a.zeros);
   T *y = static_cast<T*>(a.y), *sum = static_cast<T*>(a.sum);
   const int64_t most = max_slots(a, L);
-  Slot* slots = reinterpret_cast<Slot*>(carve(scratch, most * sizeof(Slot)));
-  V* first = reinterpret_cast<V*>(carve(scratch, most * sizeof(V)));
-  V* second = reinterpret_cast<V*>(carve(scratch, most * sizeof(V)));
+  V* sums = reinterpret_cast<V*>(carve(scratch, most * sizeof(V)));
   V* pivots = reinterpret_cast<V*>(carve(scratch, most * sizeof(V)));
-  A* centers = reinterpret_cast<A*>(carve(scratch, (a.span + L) * sizeof(A)));  // mean, then center, per channel
-  A* scales = reinterpret_cast<A*>(carve(scratch, (a.span + L) * sizeof(A)));   // squares, then scale
-  A* shifts = reinterpret_cast<A*>(carve(scratch, (a.span + L) * sizeof(A)));
+  V* moments = reinterpret_cast<V*>(carve(scratch, 2 * most * sizeof(V)));
+  V* means = reinterpret_cast<V*>(carve(scratch, most * sizeof(V)));    // of the blocks so far
+  V* squares = reinterpret_cast<V*>(carve(scratch, most * sizeof(V)));  // centred, likewise
+  V* lines = reinterpret_cast<V*>(carve(scratch, 3 * most * sizeof(V)));
+  constexpr A kFactor = static_cast<A>(-kLog2E);
+  A* channel_means = reinterpret_cast<A*>(carve(scratch, a.span * sizeof(A)));
+  A* channel_squares = reinterpret_cast<A*>(carve(scratch, a.span * sizeof(A)));
+  A* centers = reinterpret_cast<A*>(carve(scratch, a.span * sizeof(A)));
+  A* scales = reinterpret_cast<A*>(carve(scratch, a.span * sizeof(A)));
+  A* shifts = reinterpret_cast<A*>(carve(scratch, a.span * sizeof(A)));
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t n = unit / units, c0 = unit % units * a.span;
     const int64_t c1 = c0 + a.span < C ? c0 + a.span : C;
-    const int64_t count = make_slots(a, L, c0, c1, slots);
+    const Segments segments = make_segments(a, L, c0, c1);
     // input of the next unit, relative to this one's
     const int64_t ahead = c1 < C ? c1 - c0 : frame - c0;
     Route routes[3];
-    for (int k = 0; k < 3; ++k) routes[k] = forward_route(a, n, k);
+    Rows<T> sources[3];
+    for (int k = 0; k < 3; ++k) {
+      routes[k] = forward_route(a, n, k);
+      sources[k] = rows_of(x, zeros, routes[k].from, g);
+    }
     Affine<A> f = affine_of<A>(a, n);
-    const auto source = [&](const Slot& slot) {
-      return source_of(x, zeros, routes[slot.route].from, slot.channel, g);
+    // zeros have no channels to tell apart
+    const auto at = [&](const Rows<T>& rows, int64_t p, int64_t channel) {
+      return rows.stride ? rows.p + p * rows.stride + channel : rows.p;
     };
 
-    for (int64_t j = 0; j < count; ++j) first[j] = V{};
-    for (int64_t p = 0; p < P; p += kRows) {
-      const int64_t rows = P - p < kRows ? P - p : kRows;
-      for (int64_t j = 0; j < count; ++j) {
-        const int64_t lanes = slots[j].lanes;
-        const Source<T> in = source(slots[j]);
-        V total{};
-        if (residual) {
-          const V temb = f.temb ? load(f.temb + slots[j].channel, lanes) : V{};
-          const int64_t at = n * frame + p * C + slots[j].channel;
-          for (int64_t i = 0; i < rows; ++i) {
-            V v = load(in.p + (p + i) * in.stride, lanes) + load(residual + at + i * C, lanes);
-            v = rounded<T>(v + temb);
-            store(sum + at + i * C, v, lanes);
-            total += v;
+    for (int64_t p0 = 0; p0 < P; p0 += kBlock) {
+      const int64_t p1 = p0 + kBlock < P ? p0 + kBlock : P;
+      for (int64_t j = 0; j < segments.slots; ++j)
+        sums[j] = moments[2 * j] = moments[2 * j + 1] = V{};
+      for (int64_t p = p0; p < p1; p += kStep) {
+        const int64_t count = p1 - p < kStep ? p1 - p : kStep;
+        for_each_slot<L>(segments, [&](int64_t slot, int64_t channel, int64_t lanes, int slice) {
+          const T* in = at(sources[slice], p, channel);
+          const int64_t stride = sources[slice].stride;
+          V total{};
+          if (residual) {
+            const V temb = f.temb ? load_table<T>(f.temb + channel, lanes) : V{};
+            const T* other = residual + n * frame + p * C + channel;
+            T* stored = sum + n * frame + p * C + channel;
+            for (int64_t i = 0; i < count; ++i) {
+              prefetch_l1(stored + (i + kStep) * C);
+              const V v =
+                  rounded<T>(load(in + i * stride, lanes) + load(other + i * C, lanes) + temb);
+              store(stored + i * C, v, lanes);
+              total += v;
+            }
+          } else {
+            for (int64_t i = 0; i < count; ++i) {
+              prefetch_l1(in + (i + kStep) * stride);
+              total += load(in + i * stride, lanes);
+            }
           }
+          sums[slot] += total;
+        });
+      }
+      const auto stored_rows = [&](int slice) {
+        return residual ? Rows<T>{sum + n * frame, C} : sources[slice];
+      };
+      const A pixels = static_cast<A>(p1 - p0);
+      for (int64_t j = 0; j < segments.slots; ++j) pivots[j] = truncated(sums[j] / pixels);
+      for (int64_t p = p0; p < p1; p += kStep) {
+        const int64_t count = p1 - p < kStep ? p1 - p : kStep;
+        for_each_slot<L>(segments, [&](int64_t slot, int64_t channel, int64_t lanes, int slice) {
+          const Rows<T> rows = stored_rows(slice);
+          const T* in = at(rows, p, channel);
+          const V pivot = pivots[slot];
+          V total{}, total_squares{};
+          for (int64_t i = 0; i < count; ++i) {
+            const V d = load(in + i * rows.stride, lanes) - pivot;
+            total += d;
+            total_squares += d * d;
+          }
+          moments[2 * slot] += total;
+          moments[2 * slot + 1] += total_squares;
+        });
+      }
+      // Chan's merge with the blocks before
+      const A weight = pixels / static_cast<A>(p1), between = weight * static_cast<A>(p0);
+      for (int64_t j = 0; j < segments.slots; ++j) {
+        const V drift = moments[2 * j] / pixels;
+        const V mean = pivots[j] + drift, square = moments[2 * j + 1] - drift * moments[2 * j];
+        if (p0 == 0) {
+          means[j] = mean;
+          squares[j] = square;
         } else {
-          for (int64_t i = 0; i < rows; ++i) total += load(in.p + (p + i) * in.stride, lanes);
+          const V step = mean - means[j];
+          means[j] += step * weight;
+          squares[j] += square + step * step * between;
         }
-        first[j] += total;
       }
     }
     if (residual) f.temb = nullptr;  // it is in the stored sum
-    const auto input = [&](const Slot& slot) {
-      return residual ? Source<T>{sum + n * frame + slot.channel, C} : source(slot);
-    };
+    for_each_slot<L>(segments, [&](int64_t slot, int64_t channel, int64_t lanes, int) {
+      store_table<T>(channel_means + channel - c0, means[slot], lanes);
+      store_table<T>(channel_squares + channel - c0, squares[slot], lanes);
+    });
 
-    for (int64_t j = 0; j < count; ++j) {
-      pivots[j] = truncated(first[j] / static_cast<A>(P));
-      first[j] = second[j] = V{};
-    }
-    for (int64_t p = 0; p < P; p += kRows) {
-      const int64_t rows = P - p < kRows ? P - p : kRows;
-      for (int64_t j = 0; j < count; ++j) {
-        const Source<T> in = input(slots[j]);
-        V total{}, squares{};
-        for (int64_t i = 0; i < rows; ++i) {
-          const V d = load(in.p + (p + i) * in.stride, slots[j].lanes) - pivots[j];
-          total += d;
-          squares += d * d;
-        }
-        first[j] += total;
-        second[j] += squares;
-      }
-    }
-    for (int64_t j = 0; j < count; ++j) {
-      const V drift = first[j] / static_cast<A>(P);
-      store(centers + slots[j].channel - c0, pivots[j] + drift, slots[j].lanes);
-      store(scales + slots[j].channel - c0, second[j] - drift * first[j], slots[j].lanes);
-    }
-
-    for (int64_t c = c0; c < c1; c += D) {
+    tabulate(f, c0, c1, scales, shifts);
+    if (f.temb)
+      for (int64_t i = 0; i < c1 - c0; ++i) channel_means[i] += f.temb[c0 + i];
+    for (int64_t c = 0; c < c1 - c0; c += D) {
       // Chan's merge of D channels of P pixels each
-      double mean = 0, squares = 0;
-      for (int64_t i = c; i < c + D; ++i) mean += centers[i - c0] + (f.temb ? f.temb[i] : 0);
+      double mean = 0, total = 0;
+      for (int64_t i = c; i < c + D; ++i) mean += channel_means[i];
       mean /= D;
       for (int64_t i = c; i < c + D; ++i) {
-        const double d = centers[i - c0] + (f.temb ? f.temb[i] : 0) - mean;
-        squares += scales[i - c0] + P * d * d;
+        const double d = channel_means[i] - mean;
+        total += channel_squares[i] + P * d * d;
       }
-      const double variance = squares / (static_cast<double>(D) * P);
+      const double variance = total / (static_cast<double>(D) * P);
       const A group_mean = static_cast<A>(mean);
-      const A rstd = static_cast<A>(1 / __builtin_sqrt((variance > 0 ? variance : variance * 0) + a.eps));
-      static_cast<A*>(a.mean)[n * a.groups + c / D] = group_mean;
-      static_cast<A*>(a.rstd)[n * a.groups + c / D] = rstd;
-      for (int64_t i = c; i < c + D; ++i) {
-        centers[i - c0] = group_mean - (f.temb ? f.temb[i] : 0);
-        scales[i - c0] = rstd * gain(f, i);
-        shifts[i - c0] = constant(f, i);
-      }
+      const A rstd =
+          static_cast<A>(1 / __builtin_sqrt((variance > 0 ? variance : variance * 0) + a.eps));
+      static_cast<A*>(a.mean)[n * a.groups + (c0 + c) / D] = group_mean;
+      static_cast<A*>(a.rstd)[n * a.groups + (c0 + c) / D] = rstd;
+      for (int64_t i = c; i < c + D; ++i)
+        centers[i] = canonical(group_mean - (f.temb ? f.temb[c0 + i] : 0));
+      for (int64_t i = c; i < c + D; ++i) scales[i] = canonical(kFactor * (rstd * scales[i]));
+      for (int64_t i = c; i < c + D; ++i) shifts[i] = canonical(kFactor * shifts[i]);
     }
+    for_each_slot<L>(segments, [&](int64_t slot, int64_t channel, int64_t lanes, int) {
+      lines[3 * slot] = load_table<T>(centers + channel - c0, lanes);
+      lines[3 * slot + 1] = load_table<T>(scales + channel - c0, lanes);
+      lines[3 * slot + 2] = load_table<T>(shifts + channel - c0, lanes);
+    });
 
-    for (int64_t p = 0; p < P; p += kRows) {
-      const int64_t rows = P - p < kRows ? P - p : kRows;
-      for (int64_t j = 0; j < count; ++j) {
-        const Route& route = routes[slots[j].route];
-        const int64_t lanes = slots[j].lanes, channel = slots[j].channel;
-        const int64_t at = p * C + channel;
+    for (int64_t p = 0; p < P; ++p) {
+      for (int s = 0; s < segments.count; ++s) {
+        const Segment& segment = segments.of[s];
+        const Route& route = routes[segment.slice];
+        const int64_t row = p * C + segment.begin, width = segment.end - segment.begin;
         if (route.to[0] >= 0) {
-          const Source<T> in = input(slots[j]);
-          const T* next = x + (route.from < 0 ? n : route.from) * frame + at + ahead;
-          const V center = load(centers + channel - c0, lanes);
-          const V scale = load(scales + channel - c0, lanes);
-          const V shift = load(shifts + channel - c0, lanes);
-          T* to = y + route.to[0] * frame + at;
-          T* again = route.to[1] < 0 ? nullptr : y + route.to[1] * frame + at;
-          for (int64_t i = 0; i < rows; ++i) {
-            prefetch(next + i * C);
-            const V v = silu((load(in.p + (p + i) * in.stride, lanes) - center) * scale + shift);
-            store(to + i * C, v, lanes);
-            if (again) store(again + i * C, v, lanes);
+          const Rows<T> rows = residual ? Rows<T>{sum + n * frame, C} : sources[segment.slice];
+          const T* in = at(rows, p, segment.begin);
+          const int64_t step = rows.stride ? 1 : 0;
+          const T* next = x + (route.from < 0 ? n : route.from) * frame + row + ahead;
+          const T* next_residual = residual ? residual + n * frame + row + ahead : nullptr;
+          T* to = y + route.to[0] * frame + row;
+          T* again = route.to[1] < 0 ? nullptr : y + route.to[1] * frame + row;
+          const V* line = lines + 3 * segment.first;
+          for (int64_t j = 0; j < segment.slots; ++j, line += 3) {
+            const int64_t c = segment.channel(j, L) - segment.begin;
+            prefetch_l2(next + c);
+            if (next_residual) prefetch_l2(next_residual + c);
+            prefetch_l1(in + c * step + 2 * rows.stride);
+            prefetch_l1(to + c + 2 * C);
+            const V v = silu_of((load(in + c * step, segment.lanes) - line[0]) * line[1] + line[2]);
+            write_clean(to + c, v, segment.lanes, false);
+            if (again) write_clean(again + c, v, segment.lanes, false);
           }
-          if (residual)
-            for (int64_t i = 0; i < rows; ++i) prefetch(residual + n * frame + at + ahead + i * C);
         }
         if (route.cleared >= 0)
-          for (int64_t i = 0; i < rows; ++i) store(y + route.cleared * frame + at + i * C, V{}, lanes);
+          __builtin_memset(static_cast<void*>(y + route.cleared * frame + row), 0,
+                           width * sizeof(T));
       }
     }
   }
@@ -508,120 +637,154 @@ static void norm_backward_rows(const NormArgs& a, int64_t begin, int64_t end, ch
   typedef typename Lane<T>::Vec V;
   constexpr int L = Lane<T>::kLanes;
   const Geometry& g = a.geometry;
-  const int64_t P = g.pixels, C = g.channels, D = C / a.groups, frame = C * P, units = norm_units(a);
+  const int64_t P = g.pixels, C = g.channels, D = C / a.groups, frame = C * P,
+                units = norm_units(a);
   const T* x = static_cast<const T*>(a.x);
   const T *dy = static_cast<const T*>(a.dy), *dsum = static_cast<const T*>(a.dsum);
   const T* zeros = static_cast<const T*>(a.zeros);
   T *dx = static_cast<T*>(a.dx), *dresidual = static_cast<T*>(a.dresidual);
-  A *dz_sums = static_cast<A*>(a.dz), *dz_xhat_sums = static_cast<A*>(a.dz_xhat), *ds_sums = static_cast<A*>(a.ds);
+  A *dz_sums = static_cast<A*>(a.dz), *dz_xhat_sums = static_cast<A*>(a.dz_xhat),
+    *ds_sums = static_cast<A*>(a.ds);
   const int64_t most = max_slots(a, L);
-  Slot* slots = reinterpret_cast<Slot*>(carve(scratch, most * sizeof(Slot)));
-  V* first = reinterpret_cast<V*>(carve(scratch, most * sizeof(V)));
-  V* second = reinterpret_cast<V*>(carve(scratch, most * sizeof(V)));
-  A* centers = reinterpret_cast<A*>(carve(scratch, (a.span + L) * sizeof(A)));
-  A* rstds = reinterpret_cast<A*>(carve(scratch, (a.span + L) * sizeof(A)));
-  A* gains = reinterpret_cast<A*>(carve(scratch, (a.span + L) * sizeof(A)));      // then of_dz
-  A* constants = reinterpret_cast<A*>(carve(scratch, (a.span + L) * sizeof(A)));  // then fixed
-  A* of_x = reinterpret_cast<A*>(carve(scratch, (a.span + L) * sizeof(A)));
-  V* dz = reinterpret_cast<V*>(carve(scratch, most * P * sizeof(V)));  // [P / kRows, slots, kRows]
+  // per slot: sums of dz, of dz * d, of ds, over all pixels and over a block of them, so that long
+  // sums round little; center, then either scale and shift or the factors of ds
+  V* sums = reinterpret_cast<V*>(carve(scratch, 3 * most * sizeof(V)));
+  V* partial = reinterpret_cast<V*>(carve(scratch, 3 * most * sizeof(V)));
+  V* tables = reinterpret_cast<V*>(carve(scratch, 4 * most * sizeof(V)));
+  A* channel = reinterpret_cast<A*>(carve(scratch, 5 * a.span * sizeof(A)));
+  A *centers = channel, *first_table = channel + a.span, *second_table = first_table + a.span;
+  A *third_table = second_table + a.span, *gains = third_table + a.span;
+  constexpr A kFactor = static_cast<A>(-kLog2E);
+  V* dz = reinterpret_cast<V*>(carve(scratch, most * P * sizeof(V)));  // [P, slots]
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t n = unit / units, c0 = unit % units * a.span;
     const int64_t c1 = c0 + a.span < C ? c0 + a.span : C;
-    const int64_t count = make_slots(a, L, c0, c1, slots);
+    const Segments segments = make_segments(a, L, c0, c1);
+    const int64_t slots = segments.slots;
     const int64_t ahead = c1 < C ? c1 - c0 : frame - c0;
     Route routes[3];
-    int64_t x_frames[3];
+    Rows<T> sources[3], grads[3];
     for (int k = 0; k < 3; ++k) {
       routes[k] = backward_route(a, n, k);
-      x_frames[k] = a.shift_before && !a.is_sum ? source_frame(a.shift, n, a.shift.offset[k]) : n;
+      sources[k] =
+          rows_of(x, zeros,
+                  a.shift_before && !a.is_sum ? source_frame(a.shift, n, a.shift.offset[k]) : n, g);
+      grads[k] = rows_of(dy, zeros, routes[k].from, g);
     }
+    const auto at = [&](const Rows<T>& rows, int64_t p, int64_t c) {
+      return rows.stride ? rows.p + p * rows.stride + c : rows.p;
+    };
     const Affine<A> f = affine_of<A>(a, n);
-    for (int64_t c = c0; c < c1; ++c) {
-      const int64_t group = n * a.groups + c / D;
-      centers[c - c0] = static_cast<const A*>(a.mean)[group] - (f.temb ? f.temb[c] : 0);
-      rstds[c - c0] = static_cast<const A*>(a.rstd)[group];
-      gains[c - c0] = gain(f, c);
-      constants[c - c0] = constant(f, c);
+    tabulate(f, c0, c1, gains, second_table);
+    for (int64_t c = 0; c < c1 - c0; c += D) {
+      const int64_t group = n * a.groups + (c0 + c) / D;
+      const A mean = static_cast<const A*>(a.mean)[group];
+      const A factor = kFactor * static_cast<const A*>(a.rstd)[group];
+      for (int64_t i = c; i < c + D; ++i) centers[i] = mean - (f.temb ? f.temb[c0 + i] : 0);
+      for (int64_t i = c; i < c + D; ++i) first_table[i] = factor * gains[i];
+      for (int64_t i = c; i < c + D; ++i) second_table[i] *= kFactor;
     }
+    for_each_slot<L>(segments, [&](int64_t slot, int64_t c, int64_t lanes, int) {
+      tables[4 * slot] = load_table<T>(centers + c - c0, lanes);
+      tables[4 * slot + 1] = load_table<T>(first_table + c - c0, lanes);
+      tables[4 * slot + 2] = load_table<T>(second_table + c - c0, lanes);
+    });
 
-    for (int64_t j = 0; j < count; ++j) first[j] = second[j] = V{};
-    for (int64_t p = 0; p < P; p += kRows) {
-      const int64_t rows = P - p < kRows ? P - p : kRows;
-      for (int64_t j = 0; j < count; ++j) {
-        const int64_t lanes = slots[j].lanes, channel = slots[j].channel, slice = slots[j].route;
-        const Source<T> in = source_of(x, zeros, x_frames[slice], channel, g);
-        const Source<T> grad = source_of(dy, zeros, routes[slice].from, channel, g);
-        const V center = load(centers + channel - c0, lanes), rstd = load(rstds + channel - c0, lanes);
-        const V scale = load(gains + channel - c0, lanes), shift = load(constants + channel - c0, lanes);
-        V* kept = dz + p * count + j * rows;
-        V total{}, squares{};
-        for (int64_t i = 0; i < rows; ++i) {
-          const V xhat = (load(in.p + (p + i) * in.stride, lanes) - center) * rstd;
-          const V z = xhat * scale + shift;
-          const V gate = sigmoid(z);
-          const V v = load(grad.p + (p + i) * grad.stride, lanes) * (gate + gate * z * (1 - gate));
-          kept[i] = v;
-          total += v;
-          squares += v * xhat;
-        }
-        first[j] += total;
-        second[j] += squares;
+    const auto add_block = [&](int k) {
+      for (int64_t j = k; j < 3 * slots; j += 3) {
+        sums[j] += partial[j];
+        partial[j] = V{};
       }
+    };
+    for (int64_t j = 0; j < 3 * slots; ++j) sums[j] = partial[j] = V{};
+    for (int64_t p = 0; p < P; p += kStep) {
+      const int64_t count = P - p < kStep ? P - p : kStep;
+      for_each_slot<L>(segments, [&](int64_t slot, int64_t c, int64_t lanes, int slice) {
+        const T *in = at(sources[slice], p, c), *grad = at(grads[slice], p, c);
+        const int64_t stride = sources[slice].stride, grad_stride = grads[slice].stride;
+        const V center = tables[4 * slot], scale = tables[4 * slot + 1],
+                shift = tables[4 * slot + 2];
+        V total{}, total_d{};
+        for (int64_t i = 0; i < count; ++i) {
+          prefetch_l1(in + (i + kStep) * stride);
+          prefetch_l1(grad + (i + kStep) * grad_stride);
+          const V d = load(in + i * stride, lanes) - center;
+          const V v = silu_gradient(load(grad + i * grad_stride, lanes), d * scale + shift, A{});
+          dz[(p + i) * slots + slot] = v;
+          total += v;
+          total_d += v * d;
+        }
+        partial[3 * slot] += total;
+        partial[3 * slot + 1] += total_d;
+      });
+      if ((p + count) % kBlock == 0 || p + count == P) add_block(0), add_block(1);
     }
-    for (int64_t j = 0; j < count; ++j) {
-      store(dz_sums + n * C + slots[j].channel, first[j], slots[j].lanes);
-      store(dz_xhat_sums + n * C + slots[j].channel, second[j], slots[j].lanes);
-    }
-    for (int64_t c = c0; c < c1; c += D) {
+    for_each_slot<L>(segments, [&](int64_t slot, int64_t c, int64_t lanes, int) {
+      store_table<T>(dz_sums + n * C + c, sums[3 * slot], lanes);
+      store_table<T>(dz_xhat_sums + n * C + c, sums[3 * slot + 1], lanes);
+    });
+    for (int64_t c = 0; c < c1 - c0; c += D) {
+      const A rstd = static_cast<const A*>(a.rstd)[n * a.groups + (c0 + c) / D];
+      A *dz_sum = dz_sums + n * C + c0 + c, *dz_xhat_sum = dz_xhat_sums + n * C + c0 + c;
       double dxhat = 0, dxhat_xhat = 0;
-      for (int64_t i = c; i < c + D; ++i) {
-        dxhat += static_cast<double>(dz_sums[n * C + i]) * gains[i - c0];
-        dxhat_xhat += static_cast<double>(dz_xhat_sums[n * C + i]) * gains[i - c0];
+      for (int64_t i = 0; i < D; ++i) {
+        dz_xhat_sum[i] *= rstd;
+        dxhat += static_cast<double>(dz_sum[i]) * gains[c + i];
+        dxhat_xhat += static_cast<double>(dz_xhat_sum[i]) * gains[c + i];
       }
-      const A rstd = rstds[c - c0];
-      const A scale_x = static_cast<A>(-dxhat_xhat / (static_cast<double>(D) * P)) * rstd * rstd;
-      const A fixed = static_cast<A>(-dxhat / (static_cast<double>(D) * P)) * rstd;
-      for (int64_t i = c; i < c + D; ++i) {
-        of_x[i - c0] = scale_x;
-        gains[i - c0] *= rstd;
-        constants[i - c0] = fixed;
-      }
+      const double count = static_cast<double>(D) * P;
+      const A of_x = static_cast<A>(-dxhat_xhat / count * rstd * rstd);
+      const A fixed = static_cast<A>(-dxhat / count * rstd);
+      for (int64_t i = c; i < c + D; ++i) first_table[i] = gains[i] * rstd;  // of dz
+      for (int64_t i = c; i < c + D; ++i) second_table[i] = of_x;
+      for (int64_t i = c; i < c + D; ++i) third_table[i] = fixed;
     }
+    for_each_slot<L>(segments, [&](int64_t slot, int64_t c, int64_t lanes, int) {
+      tables[4 * slot + 1] = load_table<T>(first_table + c - c0, lanes);
+      tables[4 * slot + 2] = load_table<T>(second_table + c - c0, lanes);
+      tables[4 * slot + 3] = load_table<T>(third_table + c - c0, lanes);
+    });
 
-    for (int64_t j = 0; j < count; ++j) first[j] = V{};
-    for (int64_t p = 0; p < P; p += kRows) {
-      const int64_t rows = P - p < kRows ? P - p : kRows;
-      for (int64_t j = 0; j < count; ++j) {
-        const int64_t lanes = slots[j].lanes, channel = slots[j].channel, slice = slots[j].route;
-        const int64_t at = p * C + channel;
-        const Route& route = routes[slice];
-        const Source<T> in = source_of(x, zeros, x_frames[slice], channel, g);
-        const V center = load(centers + channel - c0, lanes), scale_x = load(of_x + channel - c0, lanes);
-        const V of_dz = load(gains + channel - c0, lanes), fixed = load(constants + channel - c0, lanes);
-        const V* kept = dz + p * count + j * rows;
-        T* to = route.to[0] < 0 ? nullptr : dx + route.to[0] * frame + at;
-        T* again = dresidual ? dresidual + n * frame + at : nullptr;
-        const T* extra = dsum ? dsum + n * frame + at : nullptr;
-        const T* next = x + (x_frames[slice] < 0 ? n : x_frames[slice]) * frame + at + ahead;
-        const T* next_grad = dy + (route.from < 0 ? n : route.from) * frame + at + ahead;
-        V total{};
-        for (int64_t i = 0; i < rows; ++i) {
-          prefetch(next + i * C);
-          prefetch(next_grad + i * C);
-          V v = (load(in.p + (p + i) * in.stride, lanes) - center) * scale_x + fixed;
-          v = kept[i] * of_dz + v;
-          if (extra) v += load(extra + i * C, lanes);
-          total += v;
-          if (to) store(to + i * C, v, lanes);
-          if (again) store(again + i * C, v, lanes);
+    for (int64_t p = 0; p < P; ++p) {
+      for (int s = 0; s < segments.count; ++s) {
+        const Segment& segment = segments.of[s];
+        const Route& route = routes[segment.slice];
+        const int64_t row = p * C + segment.begin, width = segment.end - segment.begin,
+                      lanes = segment.lanes;
+        const Rows<T> rows = sources[segment.slice];
+        const T* in = at(rows, p, segment.begin);
+        const int64_t step = rows.stride ? 1 : 0;
+        const T* next = (rows.stride ? rows.p : x + n * frame) + row + ahead;
+        const T* next_grad =
+            (route.from < 0 ? dy + n * frame : dy + route.from * frame) + row + ahead;
+        T* to = route.to[0] < 0 ? nullptr : dx + route.to[0] * frame + row;
+        T* again = dresidual ? dresidual + n * frame + row : nullptr;
+        const T* extra = dsum ? dsum + n * frame + row : nullptr;
+        const V* kept = dz + p * slots + segment.first;
+        for (int64_t j = 0; j < segment.slots; ++j) {
+          const int64_t c = segment.channel(j, L) - segment.begin;
+          const V* table = tables + 4 * (segment.first + j);
+          prefetch_l2(next + c);
+          prefetch_l2(next_grad + c);
+          prefetch_l1(in + c * step + 2 * rows.stride);
+          if (to) prefetch_l1(to + c + 2 * C);
+          V v = (load(in + c * step, lanes) - table[0]) * table[2] + table[3];
+          v = kept[j] * table[1] + v;
+          if (extra) v += load(extra + c, lanes);
+          if (ds_sums) partial[3 * (segment.first + j) + 2] += v;
+          if (to) store(to + c, v, lanes);
+          if (again) store(again + c, v, lanes);
         }
-        first[j] += total;
         if (route.cleared >= 0)
-          for (int64_t i = 0; i < rows; ++i) store(dx + route.cleared * frame + at + i * C, V{}, lanes);
+          __builtin_memset(static_cast<void*>(dx + route.cleared * frame + row), 0,
+                           width * sizeof(T));
       }
+      if (ds_sums && ((p + 1) % kBlock == 0 || p + 1 == P)) add_block(2);
     }
     if (ds_sums)
-      for (int64_t j = 0; j < count; ++j) store(ds_sums + n * C + slots[j].channel, first[j], slots[j].lanes);
+      for_each_slot<L>(segments, [&](int64_t slot, int64_t c, int64_t lanes, int) {
+        store_table<T>(ds_sums + n * C + c, sums[3 * slot + 2], lanes);
+      });
   }
 }
 
@@ -653,13 +816,12 @@ static void norm_backward(const NormArgs& a, int64_t begin, int64_t end, char* s
 
 static size_t norm_scratch(const NormArgs& a, bool backward) {
   const Geometry& g = a.geometry;
-  const int64_t lanes = g.dtype == DType::kDouble ? kDoubleLanes : kFloatLanes;
-  const int64_t size = g.dtype == DType::kDouble ? 8 : 4;
+  const int64_t size = g.dtype == DType::kDouble ? 8 : 4, lanes = 2 * LS_BYTES / size;
+  const int64_t vector = lanes * size;
   if (!g.channels_last)
-    return backward ? g.channels / a.groups * ceil_div(g.pixels, lanes) * LS_BYTES + 64 : 64;
+    return backward ? g.channels / a.groups * ceil_div(g.pixels, lanes) * vector + 64 : 64;
   const int64_t most = max_slots(a, lanes);
-  return most * (sizeof(Slot) + 3 * LS_BYTES) + 5 * (a.span + lanes) * size + 64 * 16 +
-         (backward ? most * g.pixels * LS_BYTES : 0);
+  return most * vector * (10 + (backward ? g.pixels : 0)) + 5 * a.span * size + 16 * 64;
 }
 
 }  // namespace

@@ -2,13 +2,14 @@
 //
 //   y = (residual + temporal_shift(h)) * scale,  all (B*T, C, H, W), in the layout of h
 //
-// One unit writes a block of one frame; two reads and one write; sums in fp32 (fp64 for fp64), rounded once.
+// One unit writes a block of one frame; two reads and one write; sums in fp32 (fp64 for fp64),
+// rounded once.
 #include "tensor.h"
 
 namespace latent_shift {
 
-Tensor shift_add(const Tensor& residual, const Tensor& h, double scale, int64_t num_frames, const Ints& sizes,
-                 const Ints& offsets, const std::string& boundary) {
+Tensor shift_add(const Tensor& residual, const Tensor& h, double scale, int64_t num_frames,
+                 const Ints& sizes, const Ints& offsets, const std::string& boundary) {
   ShiftArgs args{};
   args.shift = make_shift(h, num_frames, sizes, offsets, boundary);
   check_same(h, residual, "residual");
@@ -31,4 +32,6 @@ Tensor shift_add(const Tensor& residual, const Tensor& h, double scale, int64_t 
 
 }  // namespace latent_shift
 
-STABLE_TORCH_LIBRARY_IMPL(latent_shift, CPU, m) { m.impl("shift_add", TORCH_BOX(&latent_shift::shift_add)); }
+STABLE_TORCH_LIBRARY_IMPL(latent_shift, CPU, m) {
+  m.impl("shift_add", TORCH_BOX(&latent_shift::shift_add));
+}

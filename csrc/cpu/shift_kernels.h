@@ -1,8 +1,8 @@
 // Moving and adding channel slices: temporal_shift, its adjoint, shift_add.
 //
-// Both layouts are runs of contiguous elements that come from one source frame: a slice of planes (NCHW) or a slice
-// of one pixel's channels (channels_last). A unit is a block of one output frame; 2 bytes moved per byte of x.
-// Included by the isa_*.cpp files after vec.h.
+// Both layouts are runs of contiguous elements that come from one source frame: a slice of planes
+// (NCHW) or a slice of one pixel's channels (channels_last). A unit is a block of one output frame;
+// 2 bytes moved per byte of x. Included by the isa_*.cpp files after vec.h.
 #pragma once
 
 namespace latent_shift {
@@ -47,7 +47,7 @@ LS_FN void add_run(T* to, const T* a, const T* b, double scale, int64_t count) {
   typedef typename Lane<T>::Vec V;
   typedef typename Lane<T>::Acc Acc;
   constexpr int L = Lane<T>::kLanes;
-  const V factor = V{} + static_cast<Acc>(scale);
+  const Acc factor = static_cast<Acc>(scale);
   for (int64_t i = 0; i < count;) {
     int64_t lanes = L;
     if (i + L > count) {
@@ -65,7 +65,8 @@ LS_FN void add_run(T* to, const T* a, const T* b, double scale, int64_t count) {
   }
 }
 
-// Calls run(slice, first element of the frame, element count) for every contiguous run of a frame's part.
+// Calls run(slice, first element of the frame, element count) for every contiguous run of a frame's
+// part.
 template <typename Run>
 LS_FN void for_each_run(const ShiftArgs& a, int64_t units, int64_t part, const Run& run) {
   const Geometry& g = a.geometry;
@@ -132,9 +133,46 @@ static void add_shifted(const ShiftArgs& a, int64_t begin, int64_t end) {
   }
 }
 
+// channels_last past the cache: rows are put together in L1 and leave it as whole lines.
+static void shift_rows_streaming(const ShiftArgs& a, int64_t begin, int64_t end) {
+  constexpr int64_t kStage = 16 << 10;
+  alignas(64) char stage[kStage];
+  const Geometry& g = a.geometry;
+  const int64_t row = g.channels * a.element_size, rows = kStage / row;
+  const int64_t units = shift_units(a), per_unit = ceil_div(g.pixels, units);
+  const char* x = static_cast<const char*>(a.x);
+  char* y = static_cast<char*>(a.y);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t n = unit / units;
+    const int64_t first = unit % units * per_unit;
+    const int64_t last = first + per_unit < g.pixels ? first + per_unit : g.pixels;
+    for (int64_t p = first; p < last; p += rows) {
+      const int64_t count = last - p < rows ? last - p : rows;
+      for (int k = 0; k < 3; ++k) {
+        const int64_t at = slice_begin(a.shift, k) * a.element_size;
+        const int64_t size = a.shift.end[k] * a.element_size - at;
+        const int64_t source = source_frame(a.shift, n, a.shift.offset[k]);
+        const char* from = x + (source * g.pixels + p) * row + at;
+        for (int64_t i = 0; i < count; ++i) {
+          if (source < 0) {
+            __builtin_memset(stage + i * row + at, 0, size);
+          } else {
+            copy_bytes(stage + i * row + at, from + i * row, size, false);
+          }
+        }
+      }
+      copy_bytes(y + (n * g.pixels + p) * row, stage, count * row, true);
+    }
+  }
+}
+
 static void shift(const ShiftArgs& a, int64_t begin, int64_t end) {
   if (a.add_ends) {
     LS_DISPATCH(a.geometry.dtype, add_ends, a, begin, end)
+  }
+  if (a.streaming && a.geometry.channels_last && a.geometry.channels * a.element_size <= 4096) {
+    shift_rows_streaming(a, begin, end);
+    return stream_fence();
   }
   const int64_t size = a.element_size, stride = a.geometry.channels * a.geometry.pixels * size;
   const char* x = static_cast<const char*>(a.x);
@@ -149,7 +187,8 @@ static void shift(const ShiftArgs& a, int64_t begin, int64_t end) {
       if (source[k] < 0) {
         __builtin_memset(to, 0, count * size);
       } else {
-        copy_bytes(to, x + source[k] * stride + first * size, count * size, a.streaming);
+        copy_bytes(to, x + source[k] * stride + first * size, count * size,
+                   a.streaming && !a.geometry.channels_last);
       }
     });
   }

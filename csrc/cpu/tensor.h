@@ -22,7 +22,8 @@ inline MemoryFormat layout_of(const Tensor& x) {
 
 // `x` with dense strides in `layout`, itself where it has them.
 inline Tensor dense(const Tensor& x, MemoryFormat layout) {
-  if (layout == MemoryFormat::Contiguous) return x.is_contiguous() ? x : torch::stable::contiguous(x);
+  if (layout == MemoryFormat::Contiguous)
+    return x.is_contiguous() ? x : torch::stable::contiguous(x);
   const int64_t order[] = {1, 3, 2, 0};  // channels vary fastest
   int64_t expected = 1;
   bool dense = true;
@@ -34,11 +35,13 @@ inline Tensor dense(const Tensor& x, MemoryFormat layout) {
 }
 
 inline Tensor empty_as(const Tensor& x, MemoryFormat layout) {
-  return torch::stable::empty(x.sizes(), x.scalar_type(), std::nullopt, std::nullopt, std::nullopt, layout);
+  return torch::stable::empty(x.sizes(), x.scalar_type(), std::nullopt, std::nullopt, std::nullopt,
+                              layout);
 }
 
 inline Tensor empty_of(std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype);
+  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()),
+                              dtype);
 }
 
 inline Tensor nothing(const Tensor& x) { return empty_of({0}, x.scalar_type()); }
@@ -60,11 +63,13 @@ inline ScalarType accumulate_type(const Tensor& x) {
 // One pixel has no layout: its channels are a row.
 inline Geometry geometry_of(const Tensor& x, MemoryFormat layout) {
   const int64_t pixels = x.size(2) * x.size(3);
-  return {dtype_of(x), layout == MemoryFormat::ChannelsLast || pixels == 1, x.size(0), x.size(1), pixels};
+  return {dtype_of(x), layout == MemoryFormat::ChannelsLast || pixels == 1, x.size(0), x.size(1),
+          pixels};
 }
 
 // A parameter or table as contiguous numbers of the accumulate type; `keep` owns them.
-inline Table table_of(const OptionalTensor& table, ScalarType accumulate, std::vector<Tensor>& keep) {
+inline Table table_of(const OptionalTensor& table, ScalarType accumulate,
+                      std::vector<Tensor>& keep) {
   if (!table) return {nullptr, 1};
   Tensor t = *table;
   if (t.scalar_type() != accumulate) t = torch::stable::to(t, accumulate);
@@ -79,11 +84,12 @@ struct Free {
 
 // Cache-line aligned scratch memory.
 inline std::unique_ptr<char, Free> scratch_memory(size_t bytes) {
-  return std::unique_ptr<char, Free>(static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
+  return std::unique_ptr<char, Free>(
+      static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
 }
 
-// Moves `x` (dense in its layout) by `shift`, or by its adjoint; used by temporal_shift and by the fused backward where
-// replicated ends meet.
+// Moves `x` (dense in its layout) by `shift`, or by its adjoint; used by temporal_shift and by the
+// fused backward where replicated ends meet.
 Tensor run_shift(const Tensor& x, MemoryFormat layout, const Shift& shift, bool adjoint);
 
 }  // namespace latent_shift
