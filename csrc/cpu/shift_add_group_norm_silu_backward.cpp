@@ -44,14 +44,15 @@ void reduce_frames(const NormArgs& a, const ParameterGrads& grads) {
   }
 }
 
-// A gradient to accumulate in, and the tensor of the parameter's own dtype and strides to return.
+// A gradient to accumulate in, and the contiguous tensor of the parameter's own dtype to return.
 struct Gradient {
   Tensor sums, result;
 
   Gradient(const OptionalTensor& parameter, const Tensor& x, ScalarType accumulate)
       : sums(parameter ? torch::stable::new_zeros(*parameter, parameter->sizes(), accumulate)
                        : nothing(x)),
-        result(parameter ? torch::stable::empty_like(*parameter) : sums) {}
+        result(parameter ? torch::stable::empty(parameter->sizes(), parameter->scalar_type())
+                         : sums) {}
 
   void* data() const { return sums.numel() ? sums.mutable_data_ptr() : nullptr; }
 

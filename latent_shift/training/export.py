@@ -10,25 +10,45 @@ from diffusers import AutoencoderKL
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from latent_shift.pipeline import LatentShiftPipeline
+from latent_shift.training.checkpoints import load_latest
 from latent_shift.training.config import Recipe
 from latent_shift.training.stages import make_scheduler
 from latent_shift.unet import LatentShiftUNet
 
 
 def load_run(root: Path, part: str, recipe: Recipe) -> LatentShiftPipeline:
-    """Returns the pipeline of a run.
+    """Returns the pipeline of a run, also of one that is still in its video stage.
 
     Args:
         root: the run's output folder.
         part: whose U-Net and text encoder to take: "image" (before any video), "video-shift" or
-            "video-none".
+            "video-none". Of an unfinished stage, the moving average in its newest checkpoint.
         recipe: the run's recipe.
+
+    Raises:
+        FileNotFoundError: that part has not begun, or the image stage is unfinished.
     """
+    folder = root / part
+    finished = (folder / "unet").exists()
+    source = folder if finished else root / "image"
+    if not (source / "unet").exists():
+        raise FileNotFoundError(f"{root} holds no finished image stage to start from")
+    unet = LatentShiftUNet.from_pretrained(source / "unet")
+    text_encoder = CLIPTextModel.from_pretrained(source / "text_encoder")
+    if not finished:
+        found = load_latest(folder / "checkpoints")
+        if found is None:
+            raise FileNotFoundError(f"{folder} holds neither a finished stage nor a checkpoint")
+        parameters = [*unet.parameters(), *text_encoder.parameters()]
+        averages = found[1]["average"]["shadow_params"]
+        with torch.no_grad():
+            for parameter, average in zip(parameters, averages, strict=True):
+                parameter.copy_(average)
     return LatentShiftPipeline(
         vae=AutoencoderKL.from_pretrained(root / "pipeline" / "vae"),
-        text_encoder=CLIPTextModel.from_pretrained(root / part / "text_encoder"),
+        text_encoder=text_encoder,
         tokenizer=CLIPTokenizer.from_pretrained(root / "pipeline" / "tokenizer"),
-        unet=LatentShiftUNet.from_pretrained(root / part / "unet"),
+        unet=unet,
         scheduler=make_scheduler(recipe.schedule),
         default_num_frames=recipe.data.num_frames,
         default_steps=recipe.sampling.steps,

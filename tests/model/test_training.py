@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from latent_shift.training import checkpoints, config, load_recipe, recipe_names, train, trainer
+from latent_shift.training.export import load_run
 from latent_shift.training.stages import VideoStage, Workspace, fold_latent_statistics
 
 TINY = """
@@ -172,8 +173,10 @@ def test_a_killed_run_resumes_to_the_same_bits(recipe, finished, tmp_path):
     arguments = [sys.executable, "-c", code, recipe, root, "video-shift"]
     result = subprocess.run([*arguments, str(torch.get_num_threads())], capture_output=True)
     assert result.returncode == -signal.SIGKILL, result.stderr.decode()[-2000:]
-    found, _ = checkpoints.load_latest(root / "video-shift" / "checkpoints")
+    found, state = checkpoints.load_latest(root / "video-shift" / "checkpoints")
     assert found == 2
+    unfinished = load_run(root, "video-shift", load_recipe(recipe))
+    assert torch.equal(unfinished.unet.conv_in.weight, state["average"]["shadow_params"][0])
     assert train(recipe, output_dir=root)
     _, expected = checkpoints.load_latest(finished / "video-shift" / "checkpoints")
     _, resumed = checkpoints.load_latest(root / "video-shift" / "checkpoints")
