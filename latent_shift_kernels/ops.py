@@ -210,10 +210,7 @@ def check_norm(
         if parameter is not None:
             torch._check(
                 parameter.shape == (channels,) and parameter.device == x.device,
-                lambda name=name, p=parameter: (
-                    f"{name} must be ({channels},) on {x.device}, "
-                    f"got {tuple(p.shape)} on {p.device}"
-                ),
+                _mismatch(name, f"({channels},) on {x.device}", parameter),
             )
     for name, table in (("temb", temb), ("ada_scale", ada_scale), ("ada_shift", ada_shift)):
         if table is not None:
@@ -222,11 +219,12 @@ def check_norm(
                 and table.shape[1] == channels
                 and table.device == x.device
                 and (table.shape[0] == frames or frames % max(table.shape[0], 1) == 0),
-                lambda name=name, t=table: (
-                    f"{name} must be (R, {channels}) on {x.device}, R dividing {frames} frames, "
-                    f"got {tuple(t.shape)} on {t.device}"
-                ),
+                _mismatch(name, f"(R, {channels}) on {x.device}, R dividing {frames}", table),
             )
+
+
+def _mismatch(name: str, expected: str, got: Tensor) -> Callable[[], str]:
+    return lambda: f"{name} must be {expected}, got {tuple(got.shape)} on {got.device}"
 
 
 # Autograd.
