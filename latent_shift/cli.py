@@ -386,7 +386,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = app(arguments, prog_name="latent-shift", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted", _INTERRUPTED)
-    except Exception as error:
+    except Exception as error:  # whatever it is, the user gets one line and no traceback
         if os.environ.get("LATENT_SHIFT_DEBUG"):
             raise
         if hasattr(error, "format_message"):  # typer's own, which older versions take from click
@@ -548,7 +548,7 @@ def _load(model: str, device: str, dtype: str) -> LatentShiftPipeline:
             except TypeError:  # an image model
                 pipe = LatentShiftPipeline.from_t2i(model, **options)
                 _note("this is an image model: its video was never trained, expect little motion")
-    except Exception as error:
+    except Exception as error:  # a damaged folder fails in any of a dozen libraries
         if os.environ.get("LATENT_SHIFT_DEBUG"):
             raise
         raise CommandError(f"cannot load the model {model!r}: {_why(error)}") from error

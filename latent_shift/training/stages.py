@@ -294,7 +294,8 @@ class DiffusionStage:
         self.scheduler = make_scheduler(self.recipe.schedule)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        raise NotImplementedError
+        """What the optimiser trains, and at which share of the learning rate."""
+        raise NotImplementedError  # images and clips each choose their own; this class is no stage
 
     def modules(self) -> dict[str, nn.Module]:
         return {"unet": self.unet, "text_encoder": self.text_encoder}
