@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,10 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -539,43 +542,30 @@ def make_scheduler(config: ScheduleConfig) -> DDIMScheduler:
     )
 
 
-def make_tokenizer(texts: Sequence[str], config: TextConfig) -> CLIPTokenizer:
-    """Learns a BPE vocabulary of CLIP's form from captions.
-
-    The merges are learned here and not by `tokenizers`' trainer, which orders ties by chance: two
-    runs of one recipe have to agree on every token.
-    """
-    counts = Counter(word for text in texts for word in text.replace(",", " , ").lower().split())
-    words = {word: (*word[:-1], word[-1] + "</w>") for word in counts}
+def make_tokenizer(texts: Iterable[str], config: TextConfig) -> CLIPTokenizer:
+    """Learns a BPE vocabulary of CLIP's form from captions, the same one in every run."""
+    ends = "<|startoftext|>", "<|endoftext|>"
     letters = sorted(ByteLevel.alphabet())
-    tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(x + "</w>" for x in letters)]
-    merges: list[tuple[str, str]] = []
-    while len(tokens) < config.vocab_size:
-        pairs: Counter[tuple[str, str]] = Counter()
-        for word, parts in words.items():
-            for pair in zip(parts, parts[1:], strict=False):
-                pairs[pair] += counts[word]
-        if not pairs:
-            break
-        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
-        merges.append(best)
-        tokens.append("".join(best))
-        words = {word: _merged(parts, best) for word, parts in words.items()}
-    vocab = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=config.max_length)
-
-
-def _merged(parts: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
-    found: list[str] = []
-    index = 0
-    while index < len(parts):
-        if parts[index : index + 2] == pair:
-            found.append(parts[index] + parts[index + 1])
-            index += 2
-        else:
-            found.append(parts[index])
-            index += 1
-    return tuple(found)
+    final = [letter + "</w>" for letter in letters]
+    clip = CLIPTokenizer(vocab={token: i for i, token in enumerate(ends)}, merges=[])
+    learner = Tokenizer(BPE(end_of_word_suffix="</w>"))
+    learner.normalizer = clip.backend_tokenizer.normalizer
+    learner.pre_tokenizer = clip.backend_tokenizer.pre_tokenizer
+    # the trainer meets final letters in the order of a hash table, and breaks ties by number: with
+    # their numbers given, two runs agree on every token
+    trainer = BpeTrainer(
+        vocab_size=config.vocab_size,
+        special_tokens=[*ends, *letters, *final],
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    learner.train_from_iterator(texts, trainer)
+    model = json.loads(learner.to_str())["model"]
+    return CLIPTokenizer(
+        vocab=model["vocab"],
+        merges=[tuple(pair) for pair in model["merges"]],
+        model_max_length=config.max_length,
+    )
 
 
 def make_text_encoder(config: TextConfig, tokenizer: CLIPTokenizer) -> CLIPTextModel:

@@ -1,6 +1,7 @@
 """Training: recipes, whole checkpoints, bitwise resume, and every stage once on a tiny model."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -230,6 +231,26 @@ def test_folding_the_statistics_changes_latents_and_not_images(finished):
     assert torch.allclose(posterior.mean.mean((0, 2, 3)), torch.zeros(2), atol=1e-4)
     assert torch.allclose(posterior.mean.std((0, 2, 3)), torch.ones(2), atol=1e-3)
     assert vae.config.scaling_factor == 1.0
+
+
+def test_every_process_learns_the_same_tokenizer():
+    program = (
+        "from latent_shift.data.moving_shapes import vocabulary\n"
+        "from latent_shift.training.config import TextConfig\n"
+        "from latent_shift.training.stages import make_tokenizer\n"
+        "print(sorted(make_tokenizer(vocabulary(), TextConfig()).get_vocab().items()))"
+    )
+    outputs = {
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(outputs) == 1 and "circle</w>" in outputs.pop()
 
 
 def test_captions_are_whole_words_to_the_tokenizer(finished):
