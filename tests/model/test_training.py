@@ -235,10 +235,10 @@ def test_folding_the_statistics_changes_latents_and_not_images(finished):
 
 def test_every_process_learns_the_same_tokenizer():
     program = (
-        "from latent_shift.data.moving_shapes import vocabulary\n"
         "from latent_shift.training.config import TextConfig\n"
         "from latent_shift.training.stages import make_tokenizer\n"
-        "print(sorted(make_tokenizer(vocabulary(), TextConfig()).get_vocab().items()))"
+        "texts = ['a red circle', 'a blue square', 'moving up and left']\n"
+        "print(sorted(make_tokenizer(texts, TextConfig()).get_vocab().items()))"
     )
     outputs = {
         subprocess.run(
