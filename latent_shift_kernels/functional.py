@@ -2,7 +2,9 @@
 
 Every function takes frames folded into the batch, (B*T, C, H, W) with ``num_frames`` = T,
 channels_last preferred and NCHW served as well, or clips (B, C, T, H, W) from which T is read; it
-returns what it was given.
+returns what it was given. Clips of different lengths in one batch (N, C, H, W) are told apart by
+``cu_frames`` in place of ``num_frames``: int32 prefix sums (clips + 1,) of their lengths on the
+device of ``x``, from 0 to N. Its values are not looked at on the host.
 """
 
 from __future__ import annotations
@@ -16,7 +18,13 @@ from . import ops  # noqa: F401  defines torch.ops.latent_shift
 from .spec import ShiftSpec
 
 
-def temporal_shift(x: Tensor, spec: ShiftSpec, num_frames: int | None = None) -> Tensor:
+def temporal_shift(
+    x: Tensor,
+    spec: ShiftSpec,
+    num_frames: int | None = None,
+    *,
+    cu_frames: Tensor | None = None,
+) -> Tensor:
     """Takes some channels of every frame from the previous frame and some from the next.
 
     ``y[t] = concat(x[t-1, prev], x[t, keep], x[t+1, next])`` in the order of ``spec``
@@ -27,20 +35,25 @@ def temporal_shift(x: Tensor, spec: ShiftSpec, num_frames: int | None = None) ->
         x: (B*T, C, H, W), or (B, C, T, H, W); fp32, bf16, fp16 or fp64.
         spec: What moves where; ``spec.channels`` must be C.
         num_frames: T, needed where frames are folded into the batch.
+        cu_frames: In place of it for clips of different lengths: int32 (clips + 1,).
 
     Returns:
         The shape, dtype and layout of ``x``.
 
     Raises:
-        ValueError: If the rank is neither 4 nor 5, T does not divide the batch, or C is not
-            ``spec.channels``.
+        ValueError: If the rank is neither 4 nor 5, T does not divide the batch, C is not
+            ``spec.channels``, or ``cu_frames`` does not fit or meets
+            ``spec.single_frame="shift"``.
 
     Example:
         >>> x = torch.randn(2 * 16, 320, 32, 32)
         >>> y = temporal_shift(x, ShiftSpec.latent_shift(320), num_frames=16)
+        >>> cu_frames = torch.tensor([0, 20, 32], dtype=torch.int32)  # 20 frames and 12
+        >>> y = temporal_shift(x, ShiftSpec.latent_shift(320), cu_frames=cu_frames)
     """
-    frames, num_frames = _fold_frames(x, num_frames, "x")
-    y = torch.ops.latent_shift.temporal_shift(frames, num_frames, *_lower(spec, frames, num_frames))
+    frames, num_frames = _fold_frames(x, num_frames, "x", cu_frames)
+    lowered = _lower(spec, frames, num_frames, cu_frames)
+    y = torch.ops.latent_shift.temporal_shift(frames, cu_frames, num_frames, *lowered)
     return _unfold_frames(y, x, num_frames)
 
 
@@ -51,6 +64,7 @@ def shift_add(
     num_frames: int | None = None,
     *,
     scale: float = 1.0,
+    cu_frames: Tensor | None = None,
 ) -> Tensor:
     """``(residual + temporal_shift(h)) * scale``: the end of a residual block in one pass.
 
@@ -60,6 +74,7 @@ def shift_add(
         spec: What moves where; ``spec.channels`` must be C.
         num_frames: T, needed where frames are folded into the batch.
         scale: The block's output scale factor, inverted.
+        cu_frames: In place of ``num_frames`` for clips of different lengths: int32 (clips + 1,).
 
     Returns:
         The shape, dtype and layout of ``h``.
@@ -67,11 +82,11 @@ def shift_add(
     Raises:
         ValueError: As :func:`temporal_shift`, or if ``residual`` does not match ``h``.
     """
-    frames, num_frames = _fold_frames(h, num_frames, "h")
+    frames, num_frames = _fold_frames(h, num_frames, "h", cu_frames)
     _check_match(h, residual, "residual")
     skip, _ = _fold_frames(residual, num_frames, "residual")
-    lowered = _lower(spec, frames, num_frames)
-    y = torch.ops.latent_shift.shift_add(skip, frames, scale, num_frames, *lowered)
+    lowered = _lower(spec, frames, num_frames, cu_frames)
+    y = torch.ops.latent_shift.shift_add(skip, frames, scale, cu_frames, num_frames, *lowered)
     return _unfold_frames(y, h, num_frames)
 
 
@@ -85,6 +100,7 @@ def shift_add_group_norm_silu(
     spec: ShiftSpec | None = None,
     shift: Literal["before", "after"] = "before",
     num_frames: int | None = None,
+    cu_frames: Tensor | None = None,
     residual: Tensor | None = None,
     temb: Tensor | None = None,
     ada_scale: Tensor | None = None,
@@ -106,6 +122,7 @@ def shift_add_group_norm_silu(
         spec: What moves where, or None for no shift.
         shift: Whether the shift is on the way in or on the way out.
         num_frames: T, needed where frames are folded into the batch and ``spec`` is given.
+        cu_frames: In place of it for clips of different lengths: int32 (clips + 1,).
         residual: Added after the shift; the shape, dtype and device of ``x``.
         temb: Per-channel addition (R, C), R dividing B*T: one row a clip, or one a frame.
         ada_scale, ada_shift: Adaptive affine (R, C) of AdaGN (arXiv 2105.05233, section 3).
@@ -119,9 +136,9 @@ def shift_add_group_norm_silu(
     """
     if shift not in ("before", "after"):
         raise ValueError(f'shift must be "before" or "after", got {shift!r}')
-    if spec is None and num_frames is None:
+    if spec is None and num_frames is None and cu_frames is None:
         num_frames = 1 if x.dim() == 4 else None
-    frames, num_frames = _fold_frames(x, num_frames, "x")
+    frames, num_frames = _fold_frames(x, num_frames, "x", cu_frames)
     channels = frames.shape[1]
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"num_groups must divide the {channels} channels of x, got {num_groups}")
@@ -147,7 +164,7 @@ def shift_add_group_norm_silu(
     if spec is None:
         lowered = ([channels, 0, 0], [0, 0, 0], False, "zeros")
     else:
-        sizes, offsets, boundary = _lower(spec, frames, num_frames)
+        sizes, offsets, boundary = _lower(spec, frames, num_frames, cu_frames)
         lowered = (sizes, offsets, shift == "after", boundary)
     y, total, _, _ = torch.ops.latent_shift.shift_add_group_norm_silu(
         frames,
@@ -159,6 +176,7 @@ def shift_add_group_norm_silu(
         ada_shift,
         num_groups,
         eps,
+        cu_frames,
         num_frames,
         *lowered,
     )
@@ -166,20 +184,34 @@ def shift_add_group_norm_silu(
     return y if residual is None else (y, _unfold_frames(total, x, num_frames))
 
 
-def _lower(spec: ShiftSpec, frames: Tensor, num_frames: int) -> tuple[list[int], list[int], str]:
+def _lower(
+    spec: ShiftSpec, frames: Tensor, num_frames: int, cu_frames: Tensor | None
+) -> tuple[list[int], list[int], str]:
     if spec.channels != frames.shape[1]:
         raise ValueError(
             f"the shift is for {spec.channels} channels (prev {spec.prev}, keep {spec.keep}, next "
             f"{spec.next}), the tensor has {frames.shape[1]}: build the spec for this channel count"
         )
-    return spec.sizes, spec.offsets(num_frames), spec.boundary
+    if cu_frames is None:
+        return spec.sizes, spec.offsets(num_frames), spec.boundary
+    if spec.single_frame != "identity":
+        raise ValueError(
+            "among clips of different lengths one of a single frame is never shifted: with "
+            f'cu_frames the spec must have single_frame="identity", got {spec.single_frame!r}'
+        )
+    return spec.sizes, spec.offsets(None), spec.boundary
 
 
-def _fold_frames(x: Tensor, num_frames: int | None, name: str) -> tuple[Tensor, int]:
+def _fold_frames(
+    x: Tensor, num_frames: int | None, name: str, cu_frames: Tensor | None = None
+) -> tuple[Tensor, int]:
     """(B, C, T, H, W) to (B*T, C, H, W); four dimensions pass through with their frame count
-    checked."""
+    checked. With ``cu_frames`` the frame count is 1, which fits every batch."""
     if not x.is_floating_point():
         raise ValueError(f"{name} must be fp32, bf16, fp16 or fp64, got {x.dtype}")
+    if cu_frames is not None:
+        _check_cu_frames(x, num_frames, name, cu_frames)
+        return x, 1
     if x.dim() == 5:
         if num_frames is not None and num_frames != x.shape[2]:
             raise ValueError(
@@ -197,6 +229,22 @@ def _fold_frames(x: Tensor, num_frames: int | None, name: str) -> tuple[Tensor, 
             f"num_frames = {num_frames}"
         )
     return x, num_frames
+
+
+def _check_cu_frames(x: Tensor, num_frames: int | None, name: str, cu_frames: Tensor) -> None:
+    if num_frames is not None:
+        raise ValueError(
+            f"clips are {num_frames} frames long or as cu_frames says: pass one of the two"
+        )
+    if x.dim() != 4:
+        raise ValueError(f"with cu_frames {name} must be (N, C, H, W), got {tuple(x.shape)}")
+    fits = cu_frames.dtype == torch.int32 and cu_frames.dim() == 1 and cu_frames.shape[0] >= 2
+    if not (fits and cu_frames.is_contiguous()):
+        raise ValueError(
+            "cu_frames must be contiguous int32 (clips + 1,), the prefix sums of the lengths of at "
+            f"least one clip, got {cu_frames.dtype} {tuple(cu_frames.shape)}"
+        )
+    _check_device(x, cu_frames, "cu_frames")
 
 
 def _unfold_frames(y: Tensor, like: Tensor, num_frames: int) -> Tensor:

@@ -25,9 +25,10 @@ class TemporalShift(nn.Module):
         self.spec = spec
         self.num_frames = num_frames
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Shifts ``x`` (B*T, C, H, W) or (B, C, T, H, W)."""
-        return functional.temporal_shift(x, self.spec, None if x.dim() == 5 else self.num_frames)
+    def forward(self, x: Tensor, *, cu_frames: Tensor | None = None) -> Tensor:
+        """Shifts ``x`` (B*T, C, H, W) or (B, C, T, H, W); clips as ``cu_frames`` says if given."""
+        num_frames = self.num_frames if x.dim() == 4 and cu_frames is None else None
+        return functional.temporal_shift(x, self.spec, num_frames, cu_frames=cu_frames)
 
     def extra_repr(self) -> str:
         return f"{self.spec}, num_frames={self.num_frames}"
@@ -73,6 +74,7 @@ class ShiftGroupNormSiLU(nn.GroupNorm):
         x: Tensor,
         num_frames: int | None = None,
         *,
+        cu_frames: Tensor | None = None,
         residual: Tensor | None = None,
         temb: Tensor | None = None,
         ada_scale: Tensor | None = None,
@@ -80,7 +82,7 @@ class ShiftGroupNormSiLU(nn.GroupNorm):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """``y``, or ``(y, sum)`` with a residual, see
         :func:`functional.shift_add_group_norm_silu`."""
-        if num_frames is None and x.dim() == 4:
+        if num_frames is None and x.dim() == 4 and cu_frames is None:
             num_frames = self.num_frames
         return functional.shift_add_group_norm_silu(
             x,
@@ -91,6 +93,7 @@ class ShiftGroupNormSiLU(nn.GroupNorm):
             spec=self.spec,
             shift=self.shift,
             num_frames=num_frames,
+            cu_frames=cu_frames,
             residual=residual,
             temb=temb,
             ada_scale=ada_scale,

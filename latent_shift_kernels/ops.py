@@ -9,10 +9,13 @@ Backwards are operators too, save only inputs and statistics, and recompute the 
 Vocabulary (all operators): frames are folded into the batch, ``x`` (N, C, H, W) with N = B *
 num_frames; ``sizes`` and ``offsets`` describe the slices of channels in channel order (three each;
 output frame t of a slice reads frame t + offset, offset in {-1, 0, 1}); ``boundary`` is "zeros",
-"replicate" or "circular". Tensors are returned in the layout of ``x`` (channels_last or NCHW).
-Tables are (R, C) with N % R == 0: frame n reads row ``n * R // N``, so R = B is a table per clip
-and R = N one per frame. Affine parameters and tables may have any floating dtype; statistics and
-sums are fp32 (fp64 for fp64 inputs).
+"replicate" or "circular". Where clips differ in length ``cu_frames`` says where they begin: int32
+prefix sums (clips + 1,) on the device of ``x``, from 0 to N. ``num_frames`` is then ignored (pass
+1), and a clip of one frame is not shifted. Nothing synchronises to read it: wrong values give wrong
+frames, never a read out of bounds. Tensors are returned in the layout of ``x`` (channels_last or
+NCHW). Tables are (R, C) with N % R == 0: frame n reads row ``n * R // N``, so R = B is a table per
+clip and R = N one per frame. Affine parameters and tables may have any floating dtype; statistics
+and sums are fp32 (fp64 for fp64 inputs).
 
 ``temporal_shift``
     ``y[t, slice] = x[t + offset, slice]``
@@ -42,9 +45,12 @@ from torch.library import Library, register_autograd, register_fake
 from . import reference
 from .spec import BOUNDARIES
 
-_SHIFT = "SymInt num_frames, int[] sizes, int[] offsets, str boundary"
+_SHIFT = "Tensor? cu_frames, SymInt num_frames, int[] sizes, int[] offsets, str boundary"
 _TABLES = "Tensor? temb, Tensor? weight, Tensor? bias, Tensor? ada_scale, Tensor? ada_shift"
-_NORM_SHIFT = "SymInt num_frames, int[] sizes, int[] offsets, bool shift_after, str boundary"
+_NORM_SHIFT = (
+    "Tensor? cu_frames, SymInt num_frames, int[] sizes, int[] offsets, bool shift_after,"
+    " str boundary"
+)
 
 SCHEMAS = {
     "temporal_shift": f"(Tensor x, {_SHIFT}) -> Tensor",
@@ -73,14 +79,32 @@ for _name, _schema in SCHEMAS.items():
 
 
 def check_shift(
-    x: Tensor, num_frames: int, sizes: list[int], offsets: list[int], boundary: str
+    x: Tensor,
+    cu_frames: Tensor | None,
+    num_frames: int,
+    sizes: list[int],
+    offsets: list[int],
+    boundary: str,
 ) -> None:
     torch._check(x.dim() == 4, lambda: f"expected (B*T, C, H, W), got {tuple(x.shape)}")
-    torch._check(num_frames > 0, lambda: f"num_frames must be >= 1, got {num_frames}")
-    torch._check(
-        x.shape[0] % num_frames == 0,
-        lambda: f"a batch of {x.shape[0]} frames does not split into clips of {num_frames}",
-    )
+    if cu_frames is None:
+        torch._check(num_frames > 0, lambda: f"num_frames must be >= 1, got {num_frames}")
+        torch._check(
+            x.shape[0] % num_frames == 0,
+            lambda: f"a batch of {x.shape[0]} frames does not split into clips of {num_frames}",
+        )
+    else:
+        torch._check(
+            cu_frames.dtype == torch.int32
+            and cu_frames.dim() == 1
+            and cu_frames.shape[0] >= 2
+            and cu_frames.is_contiguous()
+            and cu_frames.device == x.device,
+            lambda: (
+                "cu_frames must be int32 (clips + 1,), at least one clip, contiguous, on "
+                f"{x.device}, got {cu_frames.dtype} {tuple(cu_frames.shape)} on {cu_frames.device}"
+            ),
+        )
     torch._check(
         sum(sizes) == x.shape[1] and min(sizes) >= 0,
         lambda: f"the slices {sizes} hold {sum(sizes)} channels, the tensor has {x.shape[1]}",
@@ -102,8 +126,15 @@ def _like_or_empty(x: Tensor, present: Tensor | None) -> Tensor:
 
 @register_fake("latent_shift::temporal_shift")
 @register_fake("latent_shift::temporal_shift_backward")
-def _(x: Tensor, num_frames: int, sizes: list[int], offsets: list[int], boundary: str) -> Tensor:
-    check_shift(x, num_frames, sizes, offsets, boundary)
+def _(
+    x: Tensor,
+    cu_frames: Tensor | None,
+    num_frames: int,
+    sizes: list[int],
+    offsets: list[int],
+    boundary: str,
+) -> Tensor:
+    check_shift(x, cu_frames, num_frames, sizes, offsets, boundary)
     return _like(x)
 
 
@@ -112,12 +143,13 @@ def _(
     residual: Tensor,
     h: Tensor,
     scale: float,
+    cu_frames: Tensor | None,
     num_frames: int,
     sizes: list[int],
     offsets: list[int],
     boundary: str,
 ) -> Tensor:
-    check_shift(h, num_frames, sizes, offsets, boundary)
+    check_shift(h, cu_frames, num_frames, sizes, offsets, boundary)
     check_same(h, residual, "residual")
     return _like(h)
 
@@ -133,13 +165,14 @@ def _(
     ada_shift: Tensor | None,
     num_groups: int,
     eps: float,
+    cu_frames: Tensor | None,
     num_frames: int,
     sizes: list[int],
     offsets: list[int],
     shift_after: bool,
     boundary: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check_shift(x, num_frames, sizes, offsets, boundary)
+    check_shift(x, cu_frames, num_frames, sizes, offsets, boundary)
     if residual is not None:
         check_same(x, residual, "residual")
     check_norm(x, temb, weight, bias, ada_scale, ada_shift, num_groups)
@@ -162,14 +195,16 @@ def _(
     mean: Tensor,
     rstd: Tensor,
     num_groups: int,
+    cu_frames: Tensor | None,
     num_frames: int,
     sizes: list[int],
     offsets: list[int],
     shift_after: bool,
     boundary: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    check_shift(x, num_frames, sizes, offsets, boundary)
-    check_same(x, dy, "dy")
+    check_shift(x, cu_frames, num_frames, sizes, offsets, boundary)
+    check_norm_gradients(x, dy, dsum, mean, rstd, num_groups)
+    check_norm(x, temb, weight, bias, ada_scale, ada_shift, num_groups)
     separate = is_sum and not shift_after and any(offsets)
     return (
         _like(x),
@@ -190,6 +225,20 @@ def check_same(x: Tensor, other: Tensor, name: str) -> None:
             f"got ({tuple(other.shape)}, {other.dtype}, {other.device})"
         ),
     )
+
+
+def check_norm_gradients(
+    x: Tensor, dy: Tensor, dsum: Tensor | None, mean: Tensor, rstd: Tensor, num_groups: int
+) -> None:
+    check_same(x, dy, "dy")
+    if dsum is not None:
+        check_same(x, dsum, "dsum")
+    shape, dtype = (x.shape[0], num_groups), reference.accumulate_dtype(x.dtype)
+    for name, stats in (("mean", mean), ("rstd", rstd)):
+        torch._check(
+            stats.shape == shape and stats.dtype == dtype and stats.device == x.device,
+            _mismatch(name, f"{shape} {dtype} on {x.device}", stats),
+        )
 
 
 def check_norm(
@@ -224,61 +273,58 @@ def check_norm(
 
 
 def _mismatch(name: str, expected: str, got: Tensor) -> Callable[[], str]:
-    return lambda: f"{name} must be {expected}, got {tuple(got.shape)} on {got.device}"
+    return lambda: f"{name} must be {expected}, got {tuple(got.shape)} {got.dtype} on {got.device}"
 
 
 # Autograd.
 
 
 def _save_shift(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    ctx.shift = inputs[-4:]
+    _, cu_frames, *ctx.shift = inputs
+    ctx.save_for_backward(cu_frames)
 
 
 def _temporal_shift_grad(ctx: Any, dy: Tensor) -> tuple:
-    dx = torch.ops.latent_shift.temporal_shift_backward(dy, *ctx.shift)
-    return dx, None, None, None, None
+    (cu_frames,) = ctx.saved_tensors
+    dx = torch.ops.latent_shift.temporal_shift_backward(dy, cu_frames, *ctx.shift)
+    return dx, *([None] * 5)
 
 
 def _save_shift_add(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    ctx.scale, ctx.shift = inputs[2], inputs[-4:]
+    _, _, ctx.scale, cu_frames, *ctx.shift = inputs
+    ctx.save_for_backward(cu_frames)
 
 
 def _shift_add_grad(ctx: Any, dy: Tensor) -> tuple:
+    (cu_frames,) = ctx.saved_tensors
     if ctx.scale != 1.0:
         dy = dy * ctx.scale
-    dh = torch.ops.latent_shift.temporal_shift_backward(dy, *ctx.shift)
-    return dy, dh, None, None, None, None, None
+    dh = torch.ops.latent_shift.temporal_shift_backward(dy, cu_frames, *ctx.shift)
+    return dy, dh, *([None] * 6)
 
 
 def _save_norm(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, residual, temb, weight, bias, ada_scale, ada_shift, num_groups, _, *shift = inputs
+    x, residual, *tables, ctx.num_groups, _, cu_frames = inputs[:10]
     _, total, mean, rstd = output
-    ctx.is_sum = residual is not None
-    ctx.num_groups, ctx.shift = num_groups, shift
+    ctx.is_sum, ctx.shift = residual is not None, inputs[10:]
     ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(
-        total if ctx.is_sum else x, temb, weight, bias, ada_scale, ada_shift, mean, rstd
-    )
+    ctx.save_for_backward(total if ctx.is_sum else x, *tables, mean, rstd, cu_frames)
 
 
 def _norm_grad(ctx: Any, dy: Tensor | None, dsum: Tensor | None, *_: None) -> tuple:
-    x, temb, weight, bias, ada_scale, ada_shift, mean, rstd = ctx.saved_tensors
+    x, *tables, mean, rstd, cu_frames = ctx.saved_tensors
     if not ctx.is_sum:
         dsum = None
     if dy is None:
         dy = torch.zeros_like(x)
     dx, dresidual, *rest = torch.ops.latent_shift.shift_add_group_norm_silu_backward(
-        dy, dsum, x, ctx.is_sum, temb, weight, bias, ada_scale, ada_shift, mean, rstd,
-        ctx.num_groups, *ctx.shift,
-    )  # fmt: skip
+        dy, dsum, x, ctx.is_sum, *tables, mean, rstd, ctx.num_groups, cu_frames, *ctx.shift
+    )
     if ctx.is_sum and dresidual.numel() == 0:
         dresidual = dx
-    tables = [
-        grad if given is not None else None
-        for given, grad in zip((temb, weight, bias, ada_scale, ada_shift), rest, strict=True)
-    ]
-    return dx, dresidual if ctx.is_sum else None, *tables, *([None] * 7)
+    given = [None if table is None else grad for table, grad in zip(tables, rest, strict=True)]
+    return dx, dresidual if ctx.is_sum else None, *given, *([None] * 8)
 
 
 register_autograd(

@@ -27,34 +27,45 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def temporal_shift(
-    x: Tensor, num_frames: int, sizes: list[int], offsets: list[int], boundary: str
+    x: Tensor,
+    cu_frames: Tensor | None,
+    num_frames: int,
+    sizes: list[int],
+    offsets: list[int],
+    boundary: str,
 ) -> Tensor:
-    """Shifts slices of channels of ``x`` (B*T, C, H, W): ``y[t, slice] = x[t + offset, slice]``."""
-    clips = x.unflatten(0, (-1, num_frames))  # [B, T, C, H, W]
-    parts = [
-        _shift_frames(part, offset, boundary)
-        for part, offset in zip(clips.split(sizes, dim=2), offsets, strict=True)
-    ]
-    return torch.cat(parts, dim=2).flatten(0, 1).contiguous(memory_format=memory_format(x))
+    """Shifts slices of channels of ``x`` (N, C, H, W): ``y[t, slice] = x[t + offset, slice]``."""
+    clips = _clips(x, cu_frames, num_frames)
+    parts = []
+    for part, offset in zip(x.split(sizes, dim=1), offsets, strict=True):
+        if offset:
+            source, inside = _source(*clips, offset, boundary)
+            part = part.index_select(0, source).masked_fill(~inside[:, None, None, None], 0)
+        parts.append(part)
+    return torch.cat(parts, dim=1).contiguous(memory_format=memory_format(x))
 
 
 def temporal_shift_backward(
-    dy: Tensor, num_frames: int, sizes: list[int], offsets: list[int], boundary: str
+    dy: Tensor,
+    cu_frames: Tensor | None,
+    num_frames: int,
+    sizes: list[int],
+    offsets: list[int],
+    boundary: str,
 ) -> Tensor:
     """The adjoint: ``<temporal_shift(x), dy> == <x, temporal_shift_backward(dy)>``."""
     back = [-offset for offset in offsets]
     if boundary != "replicate":
-        return temporal_shift(dy, num_frames, sizes, back, boundary)
-    # An end frame was read twice, by itself and by its neighbour, and the far end by nobody.
-    dx = temporal_shift(dy, num_frames, sizes, back, "zeros")
-    clips = dx.unflatten(0, (-1, num_frames))  # [B, T, C, H, W]
-    source = dy.unflatten(0, (-1, num_frames))
-    begin = 0
-    for size, offset in zip(sizes, offsets, strict=True):
+        return temporal_shift(dy, cu_frames, num_frames, sizes, back, boundary)
+    dx = temporal_shift(dy, cu_frames, num_frames, sizes, back, "zeros")
+    clips = _clips(dy, cu_frames, num_frames)
+    for grad, source, offset in zip(
+        dx.split(sizes, dim=1), dy.split(sizes, dim=1), offsets, strict=True
+    ):
         if offset:
-            end_frame = 0 if offset < 0 else num_frames - 1
-            clips[:, end_frame, begin : begin + size] += source[:, end_frame, begin : begin + size]
-        begin += size
+            # An end frame that had no neighbour to read was read by itself as well.
+            _, inside = _source(*clips, offset, "zeros")
+            grad += source.masked_fill(inside[:, None, None, None], 0)
     return dx
 
 
@@ -62,6 +73,7 @@ def shift_add(
     residual: Tensor,
     h: Tensor,
     scale: float,
+    cu_frames: Tensor | None,
     num_frames: int,
     sizes: list[int],
     offsets: list[int],
@@ -69,7 +81,9 @@ def shift_add(
 ) -> Tensor:
     """``(residual + temporal_shift(h)) * scale``, all (B*T, C, H, W)."""
     acc = accumulate_dtype(h.dtype)
-    total = residual.to(acc) + temporal_shift(h, num_frames, sizes, offsets, boundary).to(acc)
+    total = residual.to(acc) + temporal_shift(
+        h, cu_frames, num_frames, sizes, offsets, boundary
+    ).to(acc)
     return (total * scale).to(h.dtype).contiguous(memory_format=memory_format(h))
 
 
@@ -83,6 +97,7 @@ def shift_add_group_norm_silu(
     ada_shift: Tensor | None,
     num_groups: int,
     eps: float,
+    cu_frames: Tensor | None,
     num_frames: int,
     sizes: list[int],
     offsets: list[int],
@@ -90,7 +105,7 @@ def shift_add_group_norm_silu(
     boundary: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sum, GroupNorm, SiLU and a shift before or after, see :mod:`latent_shift_kernels.ops`."""
-    shift = (num_frames, sizes, offsets, boundary)
+    shift = (cu_frames, num_frames, sizes, offsets, boundary)
     layout = memory_format(x)
     total = x if shift_after else temporal_shift(x, *shift)
     total = _accumulated(total, residual, temb)
@@ -122,6 +137,7 @@ def shift_add_group_norm_silu_backward(
     mean: Tensor,
     rstd: Tensor,
     num_groups: int,
+    cu_frames: Tensor | None,
     num_frames: int,
     sizes: list[int],
     offsets: list[int],
@@ -129,7 +145,7 @@ def shift_add_group_norm_silu_backward(
     boundary: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of :func:`shift_add_group_norm_silu`, see :mod:`latent_shift_kernels.ops`."""
-    shift = (num_frames, sizes, offsets, boundary)
+    shift = (cu_frames, num_frames, sizes, offsets, boundary)
     layout = memory_format(x)
     acc = accumulate_dtype(x.dtype)
     shift_before = not shift_after and any(offsets)
@@ -179,17 +195,34 @@ def shift_add_group_norm_silu_backward(
     )
 
 
-def _shift_frames(part: Tensor, offset: int, boundary: str) -> Tensor:
-    """One slice (B, T, c, H, W) moved by ``offset`` in {-1, 0, 1}."""
-    if offset == 0:
-        return part
+def _clips(
+    x: Tensor, cu_frames: Tensor | None, num_frames: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """For every frame of ``x``: itself, where its clip begins and ends (exclusively), and whether
+    it is moved, None for all."""
+    frame = torch.arange(x.shape[0], device=x.device)
+    if cu_frames is None:
+        begin = frame // num_frames * num_frames
+        return frame, begin, begin + num_frames, None
+    bounds = cu_frames.long().clamp(0, x.shape[0])
+    clip = (torch.searchsorted(bounds, frame, right=True) - 1).clamp(0, bounds.shape[0] - 2)
+    # Whatever the bounds hold, a clip holds its frame.
+    begin = torch.minimum(bounds[clip], frame)
+    end = torch.maximum(bounds[clip + 1], frame + 1)
+    return frame, begin, end, end - begin > 1
+
+
+def _source(
+    frame: Tensor, begin: Tensor, end: Tensor, moved: Tensor | None, offset: int, boundary: str
+) -> tuple[Tensor, Tensor]:
+    """The frame that every frame reads at ``offset`` in {-1, 0, 1}, and whether there is one."""
+    source = frame + (offset if moved is None else offset * moved)
+    inside = (source >= begin) & (source < end)
     if boundary == "circular":
-        return part.roll(-offset, dims=1)
-    inside = part[:, :-1] if offset < 0 else part[:, 1:]
-    edge = part[:, :1] if offset < 0 else part[:, -1:]
-    if boundary == "zeros":
-        edge = torch.zeros_like(edge)
-    return torch.cat([edge, inside] if offset < 0 else [inside, edge], dim=1)
+        return torch.where(inside, source, end - 1 if offset < 0 else begin), inside | True
+    if boundary == "replicate":
+        return torch.where(inside, source, frame), inside | True
+    return torch.where(inside, source, frame), inside
 
 
 def _accumulated(x: Tensor, residual: Tensor | None, temb: Tensor | None) -> Tensor:

@@ -149,9 +149,9 @@ class ShiftSpec:
         """Channels of each slice, in channel order."""
         return [getattr(self, direction) for direction in self.order]
 
-    def offsets(self, num_frames: int) -> list[int]:
+    def offsets(self, num_frames: int | None) -> list[int]:
         """Frame offset of each slice in channel order; all zero where a clip of ``num_frames``
-        stays as it is."""
+        stays as it is. None is for clips of any length, told apart by the operator."""
         if num_frames == 1 and self.single_frame == "identity":
             return [0, 0, 0]
         return [_OFFSETS[direction] for direction in self.order]

@@ -29,17 +29,29 @@ inline std::string shape_of(const Tensor& x) {
   return text + ")";
 }
 
-// The shift of `x` (B*T, C, H, W).
-inline Shift make_shift(const Tensor& x, int64_t num_frames, const Ints& sizes, const Ints& offsets,
-                        const std::string& boundary) {
+// The shift of `x` (B*T, C, H, W). It points into `cu_frames`.
+inline Shift make_shift(const Tensor& x, const OptionalTensor& cu_frames, int64_t num_frames,
+                        const Ints& sizes, const Ints& offsets, const std::string& boundary) {
   STD_TORCH_CHECK(x.dim() == 4, "expected (B*T, C, H, W), got ", shape_of(x));
   STD_TORCH_CHECK(num_frames > 0, "num_frames must be >= 1, got ", num_frames);
-  STD_TORCH_CHECK(x.size(0) % num_frames == 0, "a batch of ", x.size(0),
+  STD_TORCH_CHECK(cu_frames || x.size(0) % num_frames == 0, "a batch of ", x.size(0),
                   " frames does not split into clips of ", num_frames);
   STD_TORCH_CHECK(sizes.size() == 3 && offsets.size() == 3, "expected three slices, got ",
                   sizes.size(), " sizes and ", offsets.size(), " offsets");
   Shift shift;
   shift.num_frames = num_frames;
+  if (cu_frames) {
+    const Tensor& ends = *cu_frames;
+    STD_TORCH_CHECK(ends.dim() == 1 && ends.scalar_type() == ScalarType::Int &&
+                        ends.is_contiguous() && ends.device() == x.device() &&
+                        ends.size(0) >= (x.size(0) > 0 ? 2 : 1),
+                    "cu_frames must be (clips + 1) int32 numbers, contiguous and on the device of "
+                    "x, got ",
+                    shape_of(ends));
+    shift.num_frames = x.size(0);
+    shift.clips = static_cast<int32_t>(ends.size(0) - 1);
+    shift.cu_frames = static_cast<const int32_t*>(ends.const_data_ptr());
+  }
   int64_t end = 0;
   for (int k = 0; k < 3; ++k) {
     STD_TORCH_CHECK(sizes[k] >= 0 && offsets[k] >= -1 && offsets[k] <= 1,

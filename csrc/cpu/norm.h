@@ -24,8 +24,8 @@ struct NormTables {
 
 // Checks everything forward and backward share and fills geometry, shift and tables.
 NormCall prepare_norm(const Tensor& x, const NormTables& tables, int64_t num_groups,
-                      int64_t num_frames, const Ints& sizes, const Ints& offsets, bool shift_after,
-                      const std::string& boundary);
+                      const OptionalTensor& cu_frames, int64_t num_frames, const Ints& sizes,
+                      const Ints& offsets, bool shift_after, const std::string& boundary);
 
 // Chooses the span of a unit and the zeros that stand for frames outside the clip.
 void plan_norm(NormCall& call, bool backward);

@@ -8,10 +8,11 @@
 
 namespace latent_shift {
 
-Tensor shift_add(const Tensor& residual, const Tensor& h, double scale, int64_t num_frames,
-                 const Ints& sizes, const Ints& offsets, const std::string& boundary) {
+Tensor shift_add(const Tensor& residual, const Tensor& h, double scale,
+                 const OptionalTensor& cu_frames, int64_t num_frames, const Ints& sizes,
+                 const Ints& offsets, const std::string& boundary) {
   ShiftArgs args{};
-  args.shift = make_shift(h, num_frames, sizes, offsets, boundary);
+  args.shift = make_shift(h, cu_frames, num_frames, sizes, offsets, boundary);
   check_same(h, residual, "residual");
   const MemoryFormat layout = layout_of(h);
   args.geometry = geometry_of(h, layout);

@@ -15,11 +15,11 @@
 namespace latent_shift {
 
 NormCall prepare_norm(const Tensor& x, const NormTables& tables, int64_t num_groups,
-                      int64_t num_frames, const Ints& sizes, const Ints& offsets, bool shift_after,
-                      const std::string& boundary) {
+                      const OptionalTensor& cu_frames, int64_t num_frames, const Ints& sizes,
+                      const Ints& offsets, bool shift_after, const std::string& boundary) {
   NormCall call;
   NormArgs& a = call.args;
-  a.shift = make_shift(x, num_frames, sizes, offsets, boundary);
+  a.shift = make_shift(x, cu_frames, num_frames, sizes, offsets, boundary);
   const int64_t frames = x.size(0), channels = x.size(1);
   STD_TORCH_CHECK(num_groups > 0 && channels % num_groups == 0, "num_groups = ", num_groups,
                   " does not divide ", channels, " channels");
@@ -84,9 +84,10 @@ void run_norm(const NormArgs& a, bool backward) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> shift_add_group_norm_silu(
     const Tensor& x, const OptionalTensor& residual, const OptionalTensor& temb,
     const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& ada_scale,
-    const OptionalTensor& ada_shift, int64_t num_groups, double eps, int64_t num_frames,
-    const Ints& sizes, const Ints& offsets, bool shift_after, const std::string& boundary) {
-  NormCall call = prepare_norm(x, {temb, weight, bias, ada_scale, ada_shift}, num_groups,
+    const OptionalTensor& ada_shift, int64_t num_groups, double eps,
+    const OptionalTensor& cu_frames, int64_t num_frames, const Ints& sizes, const Ints& offsets,
+    bool shift_after, const std::string& boundary) {
+  NormCall call = prepare_norm(x, {temb, weight, bias, ada_scale, ada_shift}, num_groups, cu_frames,
                                num_frames, sizes, offsets, shift_after, boundary);
   NormArgs& a = call.args;
   if (residual) check_same(x, *residual, "residual");

@@ -69,9 +69,10 @@ shift_add_group_norm_silu_backward(const Tensor& dy, const OptionalTensor& dsum,
                                    const OptionalTensor& weight, const OptionalTensor& bias,
                                    const OptionalTensor& ada_scale, const OptionalTensor& ada_shift,
                                    const Tensor& mean, const Tensor& rstd, int64_t num_groups,
-                                   int64_t num_frames, const Ints& sizes, const Ints& offsets,
-                                   bool shift_after, const std::string& boundary) {
-  NormCall call = prepare_norm(x, {temb, weight, bias, ada_scale, ada_shift}, num_groups,
+                                   const OptionalTensor& cu_frames, int64_t num_frames,
+                                   const Ints& sizes, const Ints& offsets, bool shift_after,
+                                   const std::string& boundary) {
+  NormCall call = prepare_norm(x, {temb, weight, bias, ada_scale, ada_shift}, num_groups, cu_frames,
                                num_frames, sizes, offsets, shift_after, boundary);
   NormArgs& a = call.args;
   check_same(x, dy, "dy");

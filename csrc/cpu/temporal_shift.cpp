@@ -32,16 +32,17 @@ Tensor run_shift(const Tensor& x, MemoryFormat layout, const Shift& shift, bool 
   return y;
 }
 
-Tensor temporal_shift(const Tensor& x, int64_t num_frames, const Ints& sizes, const Ints& offsets,
-                      const std::string& boundary) {
-  const Shift shift = make_shift(x, num_frames, sizes, offsets, boundary);
+Tensor temporal_shift(const Tensor& x, const OptionalTensor& cu_frames, int64_t num_frames,
+                      const Ints& sizes, const Ints& offsets, const std::string& boundary) {
+  const Shift shift = make_shift(x, cu_frames, num_frames, sizes, offsets, boundary);
   const MemoryFormat layout = layout_of(x);
   return run_shift(dense(x, layout), layout, shift, false);
 }
 
-Tensor temporal_shift_backward(const Tensor& dy, int64_t num_frames, const Ints& sizes,
-                               const Ints& offsets, const std::string& boundary) {
-  const Shift shift = make_shift(dy, num_frames, sizes, offsets, boundary);
+Tensor temporal_shift_backward(const Tensor& dy, const OptionalTensor& cu_frames,
+                               int64_t num_frames, const Ints& sizes, const Ints& offsets,
+                               const std::string& boundary) {
+  const Shift shift = make_shift(dy, cu_frames, num_frames, sizes, offsets, boundary);
   const MemoryFormat layout = layout_of(dy);
   return run_shift(dense(dy, layout), layout, shift, true);
 }

@@ -14,12 +14,16 @@ from torch import Tensor
 from latent_shift_kernels import ShiftSpec
 
 
-def temporal_shift(x: Tensor, num_frames: int, spec: ShiftSpec) -> Tensor:
+def temporal_shift(x: Tensor, lengths: int | list[int], spec: ShiftSpec) -> Tensor:
+    """Clips of one length, or of the lengths of a list."""
     if not x.shape[0]:
         return x.clone()
     clips = []
-    offsets = spec.offsets(num_frames)
-    for clip in x.split(num_frames):
+    for clip in x.split(lengths):
+        num_frames = clip.shape[0]
+        if not num_frames:
+            continue
+        offsets = spec.offsets(num_frames)
         frames = []
         for t in range(num_frames):
             slices, begin = [], 0
@@ -47,7 +51,7 @@ class Case:
 
     x: Tensor
     num_groups: int
-    num_frames: int
+    lengths: int | list[int]
     spec: ShiftSpec | None
     shift: str
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -65,7 +69,7 @@ class Case:
         return Case(
             convert(self.x),
             self.num_groups,
-            self.num_frames,
+            self.lengths,
             self.spec,
             self.shift,
             {name: convert(t) for name, t in self.tensors.items()},
@@ -80,7 +84,7 @@ def group_norm_silu(case: Case) -> dict[str, Tensor]:
     leaves = {name: t.detach().clone().requires_grad_() for name, t in case.arguments().items()}
     x, residual, temb = leaves["x"], leaves.get("residual"), leaves.get("temb")
     if case.spec is not None and case.shift == "before":
-        x = temporal_shift(x, case.num_frames, case.spec)
+        x = temporal_shift(x, case.lengths, case.spec)
     if residual is not None:
         x = x + residual
     frames = x.shape[0]
@@ -103,7 +107,7 @@ def group_norm_silu(case: Case) -> dict[str, Tensor]:
         y = y + rows(leaves["ada_shift"])
     y = F.silu(y).to(case.x.dtype)
     if case.spec is not None and case.shift == "after":
-        y = temporal_shift(y, case.num_frames, case.spec)
+        y = temporal_shift(y, case.lengths, case.spec)
     outputs = {"y": y}
     upstream = [case.dy]
     if residual is not None:

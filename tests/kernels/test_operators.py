@@ -2,12 +2,14 @@
 PyTorch's own error."""
 
 import copy
+import dataclasses
 import itertools
 import pickle
 from collections.abc import Iterable
 
 import pytest
 import torch
+import torch._dynamo.testing
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -34,6 +36,8 @@ SHAPES = {
     "site": (1, 2, 320, 8, 8, 32),
     "empty": (0, 3, 8, 4, 4, 2),
 }
+# Clips as long as each other, or of lengths of their own by their prefix sums.
+CLIPS = ("even", "uneven")
 LAYOUTS = ("nchw", "channels_last", "strided", "channels_last_strided")
 FLAGS = {
     "bare": (),
@@ -104,9 +108,56 @@ def laid_out(t: Tensor, layout: str) -> Tensor:
     return view
 
 
-def make_case(shape: str, layout: str, flags: str, spec: str, shift: str, dtype: torch.dtype):
-    clips, frames, channels, height, width, groups = SHAPES[shape]
-    batch = clips * frames
+def uneven(frames: int) -> list[int]:
+    """Lengths of clips that make up ``frames``, one frame and none among them."""
+    lengths = []
+    for length in itertools.cycle((1, 0, 2, 3)):
+        lengths.append(min(length, frames - sum(lengths)))
+        if sum(lengths) == frames:
+            return lengths
+
+
+def prefix_sums(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+
+
+def lower(lengths: int | list[int], spec: ShiftSpec | None, channels: int) -> tuple:
+    """``cu_frames, num_frames, sizes, offsets, boundary`` of a raw operator."""
+    clips = (None, lengths) if isinstance(lengths, int) else (prefix_sums(lengths), 1)
+    if spec is None:
+        return *clips, [channels, 0, 0], [0, 0, 0], "zeros"
+    return *clips, spec.sizes, spec.offsets(lengths if clips[0] is None else None), spec.boundary
+
+
+def norm_shift(case: naive.Case) -> tuple:
+    """The same of the operators that shift before or after."""
+    *shift, boundary = lower(case.lengths, case.spec, case.x.shape[1])
+    return *shift, case.shift == "after", boundary
+
+
+def clip_lengths(shape: str, clips: str) -> int | list[int]:
+    count, frames, *_ = SHAPES[shape]
+    return frames if clips == "even" else uneven(count * frames)
+
+
+def make_spec(name: str, clips: str, channels: int) -> ShiftSpec | None:
+    spec = SPECS[name](channels)
+    if spec is None or clips == "even":
+        return spec
+    return dataclasses.replace(spec, single_frame="identity")
+
+
+def make_case(
+    shape: str,
+    layout: str,
+    flags: str,
+    spec: str,
+    shift: str,
+    dtype: torch.dtype,
+    clips: str = "even",
+):
+    count, frames, channels, height, width, groups = SHAPES[shape]
+    batch = count * frames
 
     def random(*size: int, scale: float = 1.0, offset: float = 0.0) -> Tensor:
         return torch.randn(*size, dtype=torch.float64) * scale + offset
@@ -114,17 +165,17 @@ def make_case(shape: str, layout: str, flags: str, spec: str, shift: str, dtype:
     x = random(batch, channels, height, width, scale=2.0, offset=1.5)
     known = {
         "residual": lambda: random(*x.shape, scale=3.0, offset=-1.0),
-        "temb": lambda: random(clips, channels),
+        "temb": lambda: random(count, channels),
         "weight": lambda: random(channels, scale=0.3, offset=1.0),
         "bias": lambda: random(channels, scale=0.3),
         "ada_scale": lambda: random(batch, channels, scale=0.2),
-        "ada_shift": lambda: random(clips, channels, scale=0.2),
+        "ada_shift": lambda: random(count, channels, scale=0.2),
     }
     case = naive.Case(
         x,
         groups,
-        frames,
-        SPECS[spec](channels),
+        clip_lengths(shape, clips),
+        make_spec(spec, clips, channels),
         shift,
         {name: known[name]() for name in FLAGS[flags]},
         random(*x.shape),
@@ -138,17 +189,7 @@ def run(backend: dict, case: naive.Case) -> dict[str, Tensor]:
     """Outputs and gradients of a backend's raw functions, by name."""
     given = case.tensors
     tables = [given.get(n) for n in ("temb", "weight", "bias", "ada_scale", "ada_shift")]
-    channels = case.x.shape[1]
-    if case.spec is None:
-        shift = (case.num_frames, [channels, 0, 0], [0, 0, 0], case.shift == "after", "zeros")
-    else:
-        shift = (
-            case.num_frames,
-            case.spec.sizes,
-            case.spec.offsets(case.num_frames),
-            case.shift == "after",
-            case.spec.boundary,
-        )
+    shift = norm_shift(case)
     residual = given.get("residual")
     y, total, mean, rstd = backend["shift_add_group_norm_silu"](
         case.x, residual, *tables, case.num_groups, case.eps, *shift
@@ -201,7 +242,10 @@ def assert_as_good_as_eager(
             assert error <= 1e-11, f"{name}: {error:.3g}"
             continue
         own = rms(eager[name].double() - exact)
-        assert error <= max(2 * own, 2 * ulp), f"{name}: {error:.3g}, eager PyTorch {own:.3g}"
+        # dtemb may be 0 as the sum of a few dozen terms that are 316 each in a channel of zeros.
+        noise = 2000 * torch.finfo(torch.float32).eps if name == "dtemb" else 0.0
+        limit = max(2 * own, 2 * ulp) + noise
+        assert error <= limit, f"{name}: {error:.3g}, eager PyTorch {own:.3g}"
 
 
 def check(backend: dict, case: naive.Case) -> None:
@@ -223,10 +267,11 @@ def check(backend: dict, case: naive.Case) -> None:
     SPECS,
     ("before", "after"),
     DTYPES,
+    CLIPS,
 )
 def test_group_norm_silu(backend, poison, case):
-    shape, layout, flags, spec, shift, dtype = case
-    check(backend, make_case(shape, layout, flags, spec, shift, DTYPES[dtype]))
+    shape, layout, flags, spec, shift, dtype, clips = case
+    check(backend, make_case(shape, layout, flags, spec, shift, DTYPES[dtype], clips))
 
 
 @matrix(
@@ -235,28 +280,29 @@ def test_group_norm_silu(backend, poison, case):
     LAYOUTS,
     [name for name in SPECS if name != "none"],
     DTYPES,
+    CLIPS,
 )
 def test_shift(backend, poison, case):
     """The shift, the shifted addition and the adjoint: moved values are exact in every dtype."""
-    shape, layout, spec, dtype = case
-    clips, frames, channels, height, width, _ = SHAPES[shape]
-    size = (clips * frames, channels, height, width)
+    shape, layout, spec, dtype, clips = case
+    count, frames, channels, height, width, _ = SHAPES[shape]
+    size = (count * frames, channels, height, width)
     x = laid_out(torch.randn(size, dtype=torch.float64).to(DTYPES[dtype]), layout)
-    shift = SPECS[spec](channels)
-    lowered = (frames, shift.sizes, shift.offsets(frames), shift.boundary)
+    shift, lengths = make_spec(spec, clips, channels), clip_lengths(shape, clips)
+    lowered = lower(lengths, shift, channels)
     y = backend["temporal_shift"](x, *lowered)
-    assert torch.equal(y, naive.temporal_shift(x, frames, shift))
+    assert torch.equal(y, naive.temporal_shift(x, lengths, shift))
     assert y.is_contiguous(memory_format=reference.memory_format(x))
 
     residual = laid_out(torch.randn(size, dtype=torch.float64).to(DTYPES[dtype]), layout)
     for scale in (1.0, 0.5):
         total = backend["shift_add"](residual, x, scale, *lowered)
-        exact = (residual.double() + naive.temporal_shift(x, frames, shift).double()) * scale
+        exact = (residual.double() + naive.temporal_shift(x, lengths, shift).double()) * scale
         assert torch.equal(total, exact.to(x.dtype))
 
     wide = x.detach().double().requires_grad_()
     dy = torch.randn(size, dtype=torch.float64).to(DTYPES[dtype])
-    (exact,) = torch.autograd.grad(naive.temporal_shift(wide, frames, shift), wide, dy.double())
+    (exact,) = torch.autograd.grad(naive.temporal_shift(wide, lengths, shift), wide, dy.double())
     for grad in (laid_out(dy, layout), laid_out(dy, "strided")):
         assert torch.equal(backend["temporal_shift_backward"](grad, *lowered), exact.to(x.dtype))
 
@@ -268,8 +314,7 @@ def test_expanded_gradient(backend, poison):
     )
     case.dy = torch.ones(()).expand(case.x.shape)
     check(backend, case)
-    shift = ShiftSpec.latent_shift(case.x.shape[1])
-    lowered = (case.num_frames, shift.sizes, shift.offsets(case.num_frames), shift.boundary)
+    lowered = lower(case.lengths, case.spec, case.x.shape[1])
     dense = backend["temporal_shift_backward"](case.dy.contiguous(), *lowered)
     assert torch.equal(backend["temporal_shift_backward"](case.dy, *lowered), dense)
 
@@ -283,7 +328,7 @@ def test_statistics_survive_a_large_mean(backend, layout):
 
 
 def test_zero_variance_and_non_finite_values(backend):
-    shift = (1, [8, 0, 0], [0, 0, 0], False, "zeros")
+    shift = (None, 1, [8, 0, 0], [0, 0, 0], False, "zeros")
     constant = torch.full((1, 8, 3, 3), 5.0)
     nothing = (None,) * 6
     y, *_ = backend["shift_add_group_norm_silu"](constant, *nothing, 2, 1e-5, *shift)
@@ -325,7 +370,7 @@ def functional_call(case: naive.Case, x: Tensor, tensors: dict[str, Tensor]):
         case.eps,
         spec=case.spec,
         shift=case.shift,
-        num_frames=case.num_frames,
+        num_frames=case.lengths,
         **{k: v for k, v in tensors.items() if k not in ("weight", "bias")},
     )
 
@@ -357,10 +402,13 @@ def test_gradcheck(flags, shift, boundary):
     )
 
 
+@pytest.mark.parametrize("clips", CLIPS)
 @pytest.mark.parametrize("layout", ["nchw", "channels_last", "strided"])
-def test_opcheck(layout):
-    case = make_case("straddling", layout, "everything", "latent_shift", "before", torch.float32)
-    shift = (3, case.spec.sizes, case.spec.offsets(3), "zeros")
+def test_opcheck(layout, clips):
+    case = make_case(
+        "straddling", layout, "everything", "latent_shift", "before", torch.float32, clips
+    )
+    shift = lower(case.lengths, case.spec, 20)
     x = case.x.detach().requires_grad_()
     check_op = torch.library.opcheck
     check_op(torch.ops.latent_shift.temporal_shift.default, (x, *shift))
@@ -369,7 +417,7 @@ def test_opcheck(layout):
     check_op(torch.ops.latent_shift.shift_add.default, (residual, x, 0.5, *shift))
     tables = [case.tensors[n] for n in ("temb", "weight", "bias", "ada_scale", "ada_shift")]
     tables[0] = tables[0].t().contiguous().t()  # dense, but its gradient is row-major all the same
-    lowered = (*shift[:3], False, "zeros")
+    lowered = norm_shift(case)
     check_op(
         torch.ops.latent_shift.shift_add_group_norm_silu.default,
         (x, residual, *tables, 4, 1e-5, *lowered),
@@ -407,6 +455,43 @@ def test_compile_fullgraph_without_recompiling():
     assert counter.frame_count <= 2  # the first sizes, then any
 
 
+def test_compile_without_recompiling_for_other_clips():
+    """Which clips a batch holds is data: other lengths or another number of them compile nothing
+    again, and nothing reads them back."""
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    spec = ShiftSpec.latent_shift(20)
+
+    def block(x, cu_frames):
+        h, total = lsk.shift_add_group_norm_silu(
+            x, None, None, 4, spec=spec, cu_frames=cu_frames, residual=x
+        )
+        return lsk.shift_add(total, lsk.temporal_shift(h, spec, cu_frames=cu_frames), spec,
+                             cu_frames=cu_frames)  # fmt: skip
+
+    torch._dynamo.reset()
+    compiled = torch.compile(block, fullgraph=True, backend=counter)
+    for lengths in ([3, 2], [1, 0, 4, 2], [2, 3, 3], [9], [1] * 7):
+        x = torch.randn(sum(lengths), 20, 3, 3).to(memory_format=torch.channels_last)
+        x.requires_grad_()
+        cu_frames = prefix_sums(lengths)
+        y, expected = compiled(x, cu_frames), block(x, cu_frames)
+        assert torch.equal(y, expected)
+        grads = [torch.autograd.grad(out.square().sum(), x)[0] for out in (y, expected)]
+        torch.testing.assert_close(*grads)
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("values", [[0, 0], [3, 1, 9], [-5, 2, 2], [7, 7, 7]])
+def test_wrong_prefix_sums_stay_in_bounds(backend, values):
+    """Nobody reads them on the host, so wrong ones give wrong frames, but frames of the batch."""
+    x = torch.arange(1.0, 6.0).repeat_interleave(6 * 4).view(5, 6, 2, 2)
+    cu_frames = torch.tensor(values, dtype=torch.int32)
+    for boundary in ("zeros", "replicate", "circular"):
+        y = backend["temporal_shift"](x, cu_frames, 1, [2, 2, 2], [-1, 0, 1], boundary)
+        assert torch.equal(y[:, 2:4], x[:, 2:4])
+        assert set(y.flatten().tolist()) <= {0.0, 1.0, 2.0, 3.0, 4.0, 5.0}
+
+
 @native
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
@@ -438,22 +523,30 @@ def test_bitwise_equal_on_any_number_of_threads(layout, dtype):
 @given(data=st.data())
 def test_adjoint_and_truth_for_any_spec_and_shape(data):
     """<shift(x), y> == <x, unshift(y)>, and the operator is the definition, whatever the sizes."""
-    frames, clips = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 3))
+    if data.draw(st.booleans()):
+        lengths = data.draw(st.lists(st.integers(0, 4), min_size=1, max_size=5).filter(any))
+        clips, single_frame = {"cu_frames": prefix_sums(lengths)}, "identity"
+        frames = sum(lengths)
+    else:
+        lengths = data.draw(st.integers(1, 5))
+        clips = {"num_frames": lengths}
+        single_frame = data.draw(st.sampled_from(["identity", "shift"]))
+        frames = lengths * data.draw(st.integers(1, 3))
     sizes = data.draw(st.tuples(*[st.integers(0, 9)] * 3).filter(any))
     spec = ShiftSpec(
         *sizes,
         order=data.draw(st.permutations(["prev", "keep", "next"])),
         boundary=data.draw(st.sampled_from(["zeros", "replicate", "circular"])),
-        single_frame=data.draw(st.sampled_from(["identity", "shift"])),
+        single_frame=single_frame,
     )
     height, width = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 4))
     layout = data.draw(st.sampled_from(LAYOUTS))
-    size = (frames * clips, spec.channels, height, width)
+    size = (frames, spec.channels, height, width)
     # Small integers: sums are exact, so equality is.
     x = laid_out(torch.randint(-8, 9, size).double(), layout).requires_grad_()
     y = torch.randint(-8, 9, size).double()
-    shifted = lsk.temporal_shift(x, spec, frames)
-    assert torch.equal(shifted, naive.temporal_shift(x.detach(), frames, spec))
+    shifted = lsk.temporal_shift(x, spec, **clips)
+    assert torch.equal(shifted, naive.temporal_shift(x.detach(), lengths, spec))
     (back,) = torch.autograd.grad(shifted, x, y)
     assert (shifted * y).sum() == (x * back).sum()
 
@@ -514,7 +607,14 @@ def test_modules_are_thin_copyable_and_have_the_norms_parameters():
     x = torch.randn(4, 12, 3, 3)
     for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         assert torch.equal(twin(x), module(x))
+    cu_frames = prefix_sums([1, 3])
+    expected = lsk.shift_add_group_norm_silu(
+        x, module.weight, module.bias, 3, spec=spec, cu_frames=cu_frames
+    )
+    assert torch.equal(module(x, cu_frames=cu_frames), expected)
     shift = lsk.TemporalShift(spec, num_frames=2)
+    expected = lsk.temporal_shift(x, spec, cu_frames=cu_frames)
+    assert torch.equal(shift(x, cu_frames=cu_frames), expected)
     assert not list(shift.parameters()) and not shift.state_dict()
     assert torch.equal(pickle.loads(pickle.dumps(shift))(x), lsk.temporal_shift(x, spec, 2))
     assert "prev=4" in repr(shift)

@@ -65,6 +65,7 @@ def test_bad_fold_div(call):
 
 SPEC = ShiftSpec.latent_shift(12)
 X = torch.zeros(4, 12, 2, 2)
+CU_FRAMES = torch.tensor([0, 3, 4], dtype=torch.int32)
 
 
 @pytest.mark.parametrize(
@@ -77,6 +78,17 @@ X = torch.zeros(4, 12, 2, 2)
         (lambda: lsk.temporal_shift(X.long(), SPEC, 2), "got torch.int64"),
         (lambda: lsk.temporal_shift(X, ShiftSpec.latent_shift(15), 2), "15 channels .* has 12"),
         (lambda: lsk.temporal_shift(torch.zeros(2, 12, 4, 2, 2), SPEC, 3), "leave num_frames out"),
+        (lambda: lsk.temporal_shift(X, SPEC, 2, cu_frames=CU_FRAMES), "pass one of the two"),
+        (lambda: lsk.temporal_shift(X, SPEC, cu_frames=CU_FRAMES.long()), "got torch.int64"),
+        (lambda: lsk.temporal_shift(X, SPEC, cu_frames=CU_FRAMES[:1]), "least one clip"),
+        (lambda: lsk.temporal_shift(X, SPEC, cu_frames=CU_FRAMES.to("meta")), "is on meta"),
+        (lambda: lsk.temporal_shift(X[None], SPEC, cu_frames=CU_FRAMES), "must be \\(N, C, H, W"),
+        (
+            lambda: lsk.shift_add(
+                X, X, ShiftSpec.causal(12, single_frame="shift"), cu_frames=CU_FRAMES
+            ),
+            'must have single_frame="identity"',
+        ),
         (lambda: lsk.shift_add(X[:2], X, SPEC, 2), "residual must be \\(4, 12, 2, 2\\)"),
         (lambda: lsk.shift_add(X.double(), X, SPEC, 2), "cast one of them"),
         (lambda: lsk.shift_add(X.to("meta"), X, SPEC, 2), "is on meta"),
@@ -101,10 +113,13 @@ def test_bad_calls(call, message):
 @pytest.mark.parametrize(
     "arguments",
     [
-        (3, [4, 4, 4], [-1, 0, 1], "zeros"),
-        (2, [4, 4, 5], [-1, 0, 1], "zeros"),
-        (2, [4, 4, 4], [-2, 0, 1], "zeros"),
-        (2, [4, 4, 4], [-1, 0, 1], "wrap"),
+        (None, 3, [4, 4, 4], [-1, 0, 1], "zeros"),
+        (None, 2, [4, 4, 5], [-1, 0, 1], "zeros"),
+        (None, 2, [4, 4, 4], [-2, 0, 1], "zeros"),
+        (None, 2, [4, 4, 4], [-1, 0, 1], "wrap"),
+        (CU_FRAMES.long(), 1, [4, 4, 4], [-1, 0, 1], "zeros"),
+        (CU_FRAMES[:1], 1, [4, 4, 4], [-1, 0, 1], "zeros"),
+        (CU_FRAMES[None], 1, [4, 4, 4], [-1, 0, 1], "zeros"),
     ],
 )
 def test_operators_check_for_themselves(arguments):

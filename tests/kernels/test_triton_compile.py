@@ -70,14 +70,15 @@ def record(channels: int, side: int, dtype: str, layout: str, calls: list[str] |
     import torch
 
     from latent_shift_kernels.backends.triton import IMPLEMENTATIONS as run
+    from latent_shift_kernels.backends.triton import _common
 
     launches = []
 
     def launch(kernel, programs, x, num_warps, **arguments):
         launches.append((kernel, num_warps, arguments))
 
-    for implementation in run.values():
-        sys.modules[implementation.__module__].launch = launch
+    for module in (_common, *(sys.modules[host.__module__] for host in run.values())):
+        module.launch = launch
 
     def image():
         x = torch.empty(32, channels, side, side, dtype=getattr(torch, dtype), device="meta")
@@ -87,18 +88,23 @@ def record(channels: int, side: int, dtype: str, layout: str, calls: list[str] |
     weight, bias = (torch.empty(channels, device="meta") for _ in range(2))
     table = torch.empty(2, channels, device="meta", dtype=x.dtype)
     stats = torch.empty(32, 32, device="meta")
+    cu = torch.empty(3, device="meta", dtype=torch.int32)
     third = channels // 3
     sizes, moved, kept = [third, channels - 2 * third, third], [-1, 0, 1], [0, 0, 0]
     norm = run["shift_add_group_norm_silu"]
     norm_backward = run["shift_add_group_norm_silu_backward"]
     affine = (weight, bias)
-    zeros, last = (16, sizes, moved, False, "zeros"), (16, sizes, moved, True, "replicate")
-    none = (16, sizes, kept, False, "zeros")
+    zeros, last = (
+        (None, 16, sizes, moved, False, "zeros"),
+        (cu, 16, sizes, moved, True, "replicate"),
+    )
+    none = (None, 16, sizes, kept, False, "zeros")
     # fmt: off
     known = {
-        "shift": lambda: run["temporal_shift"](x, 16, sizes, moved, "zeros"),
-        "shift_backward": lambda: run["temporal_shift_backward"](x, 16, sizes, moved, "replicate"),
-        "shift_add": lambda: run["shift_add"](x, dy, 1.0, 16, sizes, moved, "zeros"),
+        "shift": lambda: run["temporal_shift"](x, cu, 16, sizes, moved, "zeros"),
+        "shift_backward": lambda: run["temporal_shift_backward"](
+            x, cu, 16, sizes, moved, "replicate"),
+        "shift_add": lambda: run["shift_add"](x, dy, 1.0, None, 16, sizes, moved, "zeros"),
         "join": lambda: norm(x, dy, None, *affine, None, None, 32, 1e-5, *zeros),
         "temb": lambda: norm(x, None, table, *affine, None, None, 32, 1e-5, *none),
         "after": lambda: norm(x, None, None, *affine, table, table, 32, 1e-5, *last),
@@ -129,17 +135,21 @@ def compile_kernel(kernel, num_warps: int, arguments: dict, architecture: int) -
         torch.float16: "*fp16",
         torch.bfloat16: "*bf16",
         torch.float64: "*fp64",
+        torch.int32: "*i32",
     }
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        special = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or special:
             signature[parameter.name], constants[parameter.name] = "constexpr", value
             continue
         if isinstance(value, torch.Tensor):
             signature[parameter.name] = pointers[value.dtype]
         else:
             signature[parameter.name] = "i32" if value < 2**31 else "i64"
+        if parameter.do_not_specialize:
+            continue
         if isinstance(value, torch.Tensor) or value % 16 == 0:
             attributes[(index,)] = [["tt.divisibility", 16]]
     result = triton.compile(

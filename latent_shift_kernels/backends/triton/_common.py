@@ -24,6 +24,8 @@ from ... import reference
 
 Given = TypeVar("Given", Tensor, Tensor | None)
 
+# Counts that differ from batch to batch: no kernel is compiled for a value of theirs.
+UNSPECIALIZED = ["CLIPS"]
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
@@ -45,6 +47,26 @@ def _frame_offsets(o_c, begin1, begin2, D0: tl.constexpr, D1: tl.constexpr, D2: 
 
 
 @triton.jit
+def clip_of(cu_frames_ptr, clips, i_n, N, T):
+    """The clip of frame ``i_n`` of N: (its place in the clip, the clip's length, 1 or 0 for a clip
+    that stays as it is).
+
+    With prefix sums a clip begins at the last of them up to ``i_n``, ends at the first after it,
+    and lies inside the batch whatever they hold.
+    """
+    if cu_frames_ptr is None:
+        return i_n % T, T, 1
+    else:
+        begin, end = tl.cast(0, tl.int32), tl.cast(N, tl.int32)
+        for i_block in range(0, tl.cdiv(clips + 1, 64)):
+            o_bound = i_block * 64 + tl.arange(0, 64)
+            b_bound = tl.load(cu_frames_ptr + o_bound, mask=o_bound <= clips, other=0)
+            begin = tl.maximum(begin, tl.max(tl.where(b_bound <= i_n, b_bound, 0), 0))
+            end = tl.minimum(end, tl.min(tl.where(b_bound > i_n, b_bound, N), 0))
+        return i_n - begin, end - begin, (end - begin > 1).to(tl.int32)
+
+
+@triton.jit
 def _target(o_d, i_t, T, BOUNDARY: tl.constexpr):
     """The frame ``o_d`` away from ``i_t`` in the clip, and whether there is one."""
     o_t = i_t + o_d
@@ -63,8 +85,7 @@ def _outside(o_t, T):
 @triton.jit
 def gather_of(
     i_c,
-    i_t,
-    T,
+    clip,
     frame_size,
     begin1,
     begin2,
@@ -76,7 +97,7 @@ def gather_of(
     BLOCK_C: tl.constexpr,
 ):
     """Where channels ``i_c .. i_c + BLOCK_C`` (``i_c`` a multiple of VEC) come from, D0, D1, D2
-    frames away.
+    frames away in ``clip`` (of :func:`clip_of`).
 
     Returns (o_move, m_move) for whole vectors by their first channel; (o_rest, m_rest) by their
     last where that is in another slice, with m_rest_each, the channels of that slice; m_end
@@ -86,9 +107,10 @@ def gather_of(
     o_c = i_c + tl.arange(0, BLOCK_C)
     o_first = o_c // VEC * VEC
     o_last = o_first + (VEC - 1)
-    o_d = _frame_offsets(o_first, begin1, begin2, D0, D1, D2)
-    o_d_rest = _frame_offsets(o_last, begin1, begin2, D0, D1, D2)
-    o_d_each = _frame_offsets(o_c, begin1, begin2, D0, D1, D2)
+    i_t, T, moved = clip
+    o_d = _frame_offsets(o_first, begin1, begin2, D0, D1, D2) * moved
+    o_d_rest = _frame_offsets(o_last, begin1, begin2, D0, D1, D2) * moved
+    o_d_each = _frame_offsets(o_c, begin1, begin2, D0, D1, D2) * moved
     o_t, m_move = _target(o_d, i_t, T, BOUNDARY)
     o_t_rest, m_rest = _target(o_d_rest, i_t, T, BOUNDARY)
     return (
@@ -136,8 +158,7 @@ def load_adjoint(
 @triton.jit
 def scatter_of(
     i_c,
-    i_t,
-    T,
+    clip,
     frame_size,
     begin1,
     begin2,
@@ -158,9 +179,10 @@ def scatter_of(
     o_c = i_c + tl.arange(0, BLOCK_C)
     o_first = o_c // VEC * VEC
     o_last = o_first + (VEC - 1)
-    o_d = _frame_offsets(o_first, begin1, begin2, D0, D1, D2)
-    m_whole = o_d == _frame_offsets(o_last, begin1, begin2, D0, D1, D2)
-    o_d_each = _frame_offsets(o_c, begin1, begin2, D0, D1, D2)
+    i_t, T, moved = clip
+    o_d = _frame_offsets(o_first, begin1, begin2, D0, D1, D2) * moved
+    m_whole = o_d == _frame_offsets(o_last, begin1, begin2, D0, D1, D2) * moved
+    o_d_each = _frame_offsets(o_c, begin1, begin2, D0, D1, D2) * moved
     o_t, m_move = _target(o_d, i_t, T, BOUNDARY)
     o_t_each, m_each = _target(o_d_each, i_t, T, BOUNDARY)
     m_end = _outside(i_t - o_d, T)
@@ -301,23 +323,49 @@ class Layout:
         return torch.empty_like(x, memory_format=self.memory_format)
 
 
-def slices(sizes: list[int], offsets: list[int], vec: int) -> dict[str, Any]:
-    """The slices as kernel arguments, and VEC, at most ``vec``: the channels that move together."""
+def shift_arguments(
+    x: Tensor,
+    layout: Layout,
+    cu_frames: Tensor | None,
+    num_frames: int,
+    sizes: list[int],
+    offsets: list[int],
+    boundary: str,
+) -> dict[str, Any]:
+    """What every kernel is told about ``x`` (N, C, H, W), its clips and its slices.
+
+    VEC is the channels that move together, at most a vector of the layout.
+    """
     if min(sizes) < 0:
         raise RuntimeError(f"slices hold 0 channels or more, got {sizes}")
-    begin1, begin2 = sizes[0], sizes[0] + sizes[1]
+    begin1, begin2, vec = sizes[0], sizes[0] + sizes[1], layout.vec
     # a slice inside a vector would make three
     while begin1 % vec and begin1 < begin2 and begin2 % vec and begin1 // vec == begin2 // vec:
         vec //= 2
+    uneven = cu_frames is not None and any(offsets)
     return {
+        "cu_frames_ptr": cu_frames if uneven else None,
+        "CLIPS": cu_frames.shape[0] - 1 if cu_frames is not None else 0,
+        "N": x.shape[0],
+        "T": num_frames if cu_frames is None else 1,
+        "P": x.shape[2] * x.shape[3],
+        "C": x.shape[1],
         "begin1": begin1,
         "begin2": begin2,
         "D0": offsets[0],
         "D1": offsets[1],
         "D2": offsets[2],
-        "VEC": vec,
+        "BOUNDARY": boundary,
         "STRADDLES": any(offsets) and (begin1 % vec != 0 or begin2 % vec != 0),
+        "CHANNELS_LAST": layout.channels_last,
+        "VEC": vec,
+        "ACC": accumulator(x),
     }
+
+
+def dense(table: Given) -> Given:
+    """A parameter or table as the kernels read it: rows without gaps."""
+    return None if table is None else table.contiguous()
 
 
 def accumulator(x: Tensor) -> Any:
@@ -332,3 +380,19 @@ def launch(kernel: Any, programs: int, x: Tensor, num_warps: int, **arguments: A
         )
     with torch.cuda.device_of(x):
         kernel[(programs,)](**arguments, num_warps=num_warps, enable_fp_fusion=True)
+
+
+def launch_tiles(kernel: Any, x: Tensor, layout: Layout, **arguments: Any) -> None:
+    """Runs ``kernel`` on every tile of ``x``."""
+    frames, channels, height, width = x.shape
+    pixels = height * width
+    tile = pick_tile(channels, pixels, x.element_size(), layout.channels_last)
+    launch(
+        kernel,
+        frames * cdiv(channels, tile.block_c) * cdiv(pixels, tile.block_p),
+        x,
+        tile.num_warps,
+        BLOCK_P=tile.block_p,
+        BLOCK_C=tile.block_c,
+        **arguments,
+    )

@@ -15,24 +15,26 @@ from torch import Tensor
 
 from ...ops import check_same, check_shift
 from ._common import (
+    UNSPECIALIZED,
     Layout,
-    accumulator,
-    cdiv,
+    clip_of,
     gather_of,
-    launch,
+    launch_tiles,
     load_gathered,
-    pick_tile,
     rounded,
-    slices,
+    shift_arguments,
     tile_offsets,
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def shift_add_kernel(
     residual_ptr,
     h_ptr,
     y_ptr,
+    cu_frames_ptr,
+    CLIPS,
+    N,
     T,
     P,
     begin1,
@@ -61,9 +63,8 @@ def shift_add_kernel(
     m_tile = (o_p < P)[:, None] & (o_c < C)[None, :]
     frame_size = tl.cast(P, tl.int64) * C
     o_tile = i_n.to(tl.int64) * frame_size + tile_offsets(o_p, o_c, P, C, CHANNELS_LAST)
-    gather = gather_of(
-        i_c, i_n % T, T, frame_size, begin1, begin2, D0, D1, D2, BOUNDARY, VEC, BLOCK_C
-    )
+    clip = clip_of(cu_frames_ptr, CLIPS, i_n, N, T)
+    gather = gather_of(i_c, clip, frame_size, begin1, begin2, D0, D1, D2, BOUNDARY, VEC, BLOCK_C)
     b_y = tl.load(residual_ptr + o_tile, mask=m_tile, other=0.0).to(ACC)
     b_y += load_gathered(h_ptr, o_tile, m_tile, gather, STRADDLES).to(ACC)
     tl.store(y_ptr + o_tile, rounded(b_y * SCALE, y_ptr.dtype.element_ty), mask=m_tile)
@@ -73,39 +74,27 @@ def shift_add(
     residual: Tensor,
     h: Tensor,
     scale: float,
+    cu_frames: Tensor | None,
     num_frames: int,
     sizes: list[int],
     offsets: list[int],
     boundary: str,
 ) -> Tensor:
     """``torch.ops.latent_shift.shift_add``."""
-    check_shift(h, num_frames, sizes, offsets, boundary)
+    check_shift(h, cu_frames, num_frames, sizes, offsets, boundary)
     check_same(h, residual, "residual")
-    frames, channels, height, width = h.shape
     layout = Layout.of(h)
     residual, h = layout.dense(residual), layout.dense(h)
     y = layout.like(h)
-    if h.numel() == 0:
-        return y
-    pixels = height * width
-    tile = pick_tile(channels, pixels, h.element_size(), layout.channels_last)
-    launch(
-        shift_add_kernel,
-        frames * cdiv(channels, tile.block_c) * cdiv(pixels, tile.block_p),
-        h,
-        tile.num_warps,
-        residual_ptr=residual,
-        h_ptr=h,
-        y_ptr=y,
-        T=num_frames,
-        P=pixels,
-        SCALE=float(scale),
-        C=channels,
-        BOUNDARY=boundary,
-        CHANNELS_LAST=layout.channels_last,
-        BLOCK_P=tile.block_p,
-        BLOCK_C=tile.block_c,
-        ACC=accumulator(h),
-        **slices(sizes, offsets, layout.vec),
-    )
+    if h.numel():
+        launch_tiles(
+            shift_add_kernel,
+            h,
+            layout,
+            residual_ptr=residual,
+            h_ptr=h,
+            y_ptr=y,
+            SCALE=float(scale),
+            **shift_arguments(h, layout, cu_frames, num_frames, sizes, offsets, boundary),
+        )
     return y

@@ -37,12 +37,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...ops import check_norm, check_same, check_shift
+from ...ops import check_norm, check_norm_gradients, check_same, check_shift
 from ._common import (
-    Given,
+    UNSPECIALIZED,
     Layout,
     accumulator,
     cdiv,
+    clip_of,
+    dense,
     fit,
     gather_of,
     launch,
@@ -52,7 +54,7 @@ from ._common import (
     next_power_of_2,
     rounded,
     scatter_of,
-    slices,
+    shift_arguments,
     store_scattered,
     tile_offsets,
 )
@@ -231,7 +233,7 @@ def _channels(
     return i_c, o_c, m_c, m_member
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def shift_add_group_norm_silu_fwd_kernel(
     x_ptr,
     residual_ptr,
@@ -245,6 +247,8 @@ def shift_add_group_norm_silu_fwd_kernel(
     mean_ptr,
     rstd_ptr,
     moments_ptr,
+    cu_frames_ptr,
+    CLIPS,
     N,
     T,
     P,
@@ -289,7 +293,7 @@ def shift_add_group_norm_silu_fwd_kernel(
     i_span = tl.program_id(0) % SPANS
     i_chunk = tl.program_id(0) // SPANS % chunks
     i_n = tl.program_id(0) // SPANS // chunks
-    i_t = i_n % T
+    clip = clip_of(cu_frames_ptr, CLIPS, i_n, N, T)
     i_p = i_chunk * CHUNK
     pixels = tl.minimum(P - i_p, CHUNK)
     frame_size = tl.cast(P, tl.int64) * C
@@ -310,7 +314,7 @@ def shift_add_group_norm_silu_fwd_kernel(
         i_c, o_c, m_c, m_member = _channels(i_span, 0, C, CG, SPAN, BLOCK_C, BLOCK_G)
         b_temb = load_row(temb_ptr, i_n, N, R_TEMB, o_c, m_c, C, 0.0, ACC)
         gather = gather_of(
-            i_c, i_t, T, frame_size, begin1, begin2, D0, D1, D2, BOUNDARY, VEC, BLOCK_C
+            i_c, clip, frame_size, begin1, begin2, D0, D1, D2, BOUNDARY, VEC, BLOCK_C
         )  # fmt: skip
         o_p = tl.arange(0, BLOCK_P)
         m_tile = (o_p < P)[:, None] & m_c[None, :]
@@ -328,7 +332,7 @@ def shift_add_group_norm_silu_fwd_kernel(
             i_c, o_c, m_c, m_member = _channels(i_span, i_block, C, CG, SPAN, BLOCK_C, BLOCK_G)
             b_temb = load_row(temb_ptr, i_n, N, R_TEMB, o_c, m_c, C, 0.0, ACC)
             gather = gather_of(
-                i_c, i_t, T, frame_size, begin1, begin2, D0, D1, D2, BOUNDARY, VEC, BLOCK_C
+                i_c, clip, frame_size, begin1, begin2, D0, D1, D2, BOUNDARY, VEC, BLOCK_C
             )  # fmt: skip
             b_mean_c, b_m2_c = _channel_moments(
                 x_ptr, residual_ptr, sum_ptr, b_temb, i_p, pixels, P, o_c, m_c, gather,
@@ -366,7 +370,7 @@ def shift_add_group_norm_silu_fwd_kernel(
         )  # fmt: skip
         b_factor *= _spread(b_rstd, m_member)
         scatter = scatter_of(
-            i_c, i_t, T, frame_size, begin1, begin2, -D0, -D1, -D2, SCATTER, VEC, BLOCK_C
+            i_c, clip, frame_size, begin1, begin2, -D0, -D1, -D2, SCATTER, VEC, BLOCK_C
         )  # fmt: skip
         _store_activation(
             y_ptr, b_x, _spread(b_mean, m_member), b_factor, b_term, o_tile, m_tile, scatter,
@@ -380,10 +384,10 @@ def shift_add_group_norm_silu_fwd_kernel(
             i_c, o_c, m_c, m_member = _channels(i_span, i_block, C, CG, SPAN, BLOCK_C, BLOCK_G)
             b_temb = load_row(temb_ptr, i_n, N, R_TEMB, o_c, m_c, C, 0.0, ACC)
             gather = gather_of(
-                i_c, i_t, T, frame_size, begin1, begin2, D0, D1, D2, BOUNDARY, VEC, BLOCK_C
+                i_c, clip, frame_size, begin1, begin2, D0, D1, D2, BOUNDARY, VEC, BLOCK_C
             )  # fmt: skip
             scatter = scatter_of(
-                i_c, i_t, T, frame_size, begin1, begin2, -D0, -D1, -D2, SCATTER, VEC, BLOCK_C
+                i_c, clip, frame_size, begin1, begin2, -D0, -D1, -D2, SCATTER, VEC, BLOCK_C
             )  # fmt: skip
             b_mean_c = _spread(b_mean, m_member)
             b_factor, b_term = _affine(
@@ -472,7 +476,7 @@ def _store_ds(
     return tl.where(m_tile, b_ds, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def shift_add_group_norm_silu_bwd_kernel(
     dy_ptr,
     dsum_ptr,
@@ -489,6 +493,8 @@ def shift_add_group_norm_silu_bwd_kernel(
     channel_sums_ptr,
     ds_sums_ptr,
     group_sums_ptr,
+    cu_frames_ptr,
+    CLIPS,
     N,
     T,
     P,
@@ -532,7 +538,7 @@ def shift_add_group_norm_silu_bwd_kernel(
     i_span = tl.program_id(0) % SPANS
     i_chunk = tl.program_id(0) // SPANS % chunks
     i_n = tl.program_id(0) // SPANS // chunks
-    i_t = i_n % T
+    clip = clip_of(cu_frames_ptr, CLIPS, i_n, N, T)
     i_p = i_chunk * CHUNK
     pixels = tl.minimum(P - i_p, CHUNK)
     frame_size = tl.cast(P, tl.int64) * C
@@ -561,13 +567,13 @@ def shift_add_group_norm_silu_bwd_kernel(
         i_c, o_c, m_c, m_member = _channels(i_span, 0, C, CG, SPAN, BLOCK_C, BLOCK_G)
         b_temb = load_row(temb_ptr, i_n, N, R_TEMB, o_c, m_c, C, 0.0, ACC)
         gather = gather_of(
-            i_c, i_t, T, frame_size, begin1, begin2, D0, D1, D2, BOUNDARY, VEC, BLOCK_C
+            i_c, clip, frame_size, begin1, begin2, D0, D1, D2, BOUNDARY, VEC, BLOCK_C
         )  # fmt: skip
         back = gather_of(
-            i_c, i_t, T, frame_size, begin1, begin2, -D0, -D1, -D2, REVERSE, VEC, BLOCK_C
+            i_c, clip, frame_size, begin1, begin2, -D0, -D1, -D2, REVERSE, VEC, BLOCK_C
         )  # fmt: skip
         scatter = scatter_of(
-            i_c, i_t, T, frame_size, begin1, begin2, D0, D1, D2, REVERSE, VEC, BLOCK_C
+            i_c, clip, frame_size, begin1, begin2, D0, D1, D2, REVERSE, VEC, BLOCK_C
         )  # fmt: skip
         b_factor, b_term = _affine(
             weight_ptr, bias_ptr, ada_scale_ptr, ada_shift_ptr, i_n, N, R_SCALE, R_SHIFT,
@@ -603,10 +609,10 @@ def shift_add_group_norm_silu_bwd_kernel(
             i_c, o_c, m_c, m_member = _channels(i_span, i_block, C, CG, SPAN, BLOCK_C, BLOCK_G)
             b_temb = load_row(temb_ptr, i_n, N, R_TEMB, o_c, m_c, C, 0.0, ACC)
             gather = gather_of(
-                i_c, i_t, T, frame_size, begin1, begin2, D0, D1, D2, BOUNDARY, VEC, BLOCK_C
+                i_c, clip, frame_size, begin1, begin2, D0, D1, D2, BOUNDARY, VEC, BLOCK_C
             )  # fmt: skip
             back = gather_of(
-                i_c, i_t, T, frame_size, begin1, begin2, -D0, -D1, -D2, REVERSE, VEC, BLOCK_C
+                i_c, clip, frame_size, begin1, begin2, -D0, -D1, -D2, REVERSE, VEC, BLOCK_C
             )  # fmt: skip
             b_factor, b_term = _affine(
                 weight_ptr, bias_ptr, ada_scale_ptr, ada_shift_ptr, i_n, N, R_SCALE, R_SHIFT,
@@ -650,13 +656,13 @@ def shift_add_group_norm_silu_bwd_kernel(
             i_c, o_c, m_c, m_member = _channels(i_span, i_block, C, CG, SPAN, BLOCK_C, BLOCK_G)
             b_temb = load_row(temb_ptr, i_n, N, R_TEMB, o_c, m_c, C, 0.0, ACC)
             gather = gather_of(
-                i_c, i_t, T, frame_size, begin1, begin2, D0, D1, D2, BOUNDARY, VEC, BLOCK_C
+                i_c, clip, frame_size, begin1, begin2, D0, D1, D2, BOUNDARY, VEC, BLOCK_C
             )  # fmt: skip
             back = gather_of(
-                i_c, i_t, T, frame_size, begin1, begin2, -D0, -D1, -D2, REVERSE, VEC, BLOCK_C
+                i_c, clip, frame_size, begin1, begin2, -D0, -D1, -D2, REVERSE, VEC, BLOCK_C
             )  # fmt: skip
             scatter = scatter_of(
-                i_c, i_t, T, frame_size, begin1, begin2, D0, D1, D2, REVERSE, VEC, BLOCK_C
+                i_c, clip, frame_size, begin1, begin2, D0, D1, D2, REVERSE, VEC, BLOCK_C
             )  # fmt: skip
             b_factor, b_term = _affine(
                 weight_ptr, bias_ptr, ada_scale_ptr, ada_shift_ptr, i_n, N, R_SCALE, R_SHIFT,
@@ -912,6 +918,7 @@ def shift_add_group_norm_silu(
     ada_shift: Tensor | None,
     num_groups: int,
     eps: float,
+    cu_frames: Tensor | None,
     num_frames: int,
     sizes: list[int],
     offsets: list[int],
@@ -919,7 +926,7 @@ def shift_add_group_norm_silu(
     boundary: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``torch.ops.latent_shift.shift_add_group_norm_silu``."""
-    check_shift(x, num_frames, sizes, offsets, boundary)
+    check_shift(x, cu_frames, num_frames, sizes, offsets, boundary)
     if residual is not None:
         check_same(x, residual, "residual")
     check_norm(x, temb, weight, bias, ada_scale, ada_shift, num_groups)
@@ -950,7 +957,7 @@ def shift_add_group_norm_silu(
     chunks = cdiv(pixels, config.chunk)
     moments = None if len(stages) == 1 else mean.new_empty(2, frames, chunks, num_groups)
     tables = (temb, weight, bias, ada_scale, ada_shift)
-    temb, weight, bias, ada_scale, ada_shift = (_dense(table) for table in tables)
+    temb, weight, bias, ada_scale, ada_shift = (dense(table) for table in tables)
     for stage in stages:
         launch(
             shift_add_group_norm_silu_fwd_kernel,
@@ -971,19 +978,8 @@ def shift_add_group_norm_silu(
             moments_ptr=moments,
             EPS=float(eps),
             SHIFT="none" if not any(offsets) else "after" if shift_after else "before",
-            **_shared(
-                x,
-                num_groups,
-                num_frames,
-                boundary,
-                stage,
-                config,
-                layout,
-                temb,
-                ada_scale,
-                ada_shift,
-            ),
-            **slices(sizes, offsets, layout.vec),
+            **_norm_arguments(num_groups, pixels, config, stage, temb, ada_scale, ada_shift),
+            **shift_arguments(x, layout, cu_frames, num_frames, sizes, offsets, boundary),
         )
     return y, x.new_empty(0) if total is None else total, mean, rstd
 
@@ -1001,6 +997,7 @@ def shift_add_group_norm_silu_backward(
     mean: Tensor,
     rstd: Tensor,
     num_groups: int,
+    cu_frames: Tensor | None,
     num_frames: int,
     sizes: list[int],
     offsets: list[int],
@@ -1008,17 +1005,15 @@ def shift_add_group_norm_silu_backward(
     boundary: str,
 ) -> tuple[Tensor, ...]:
     """``torch.ops.latent_shift.shift_add_group_norm_silu_backward``."""
-    check_shift(x, num_frames, sizes, offsets, boundary)
-    check_same(x, dy, "dy")
-    if dsum is not None:
-        check_same(x, dsum, "dsum")
+    check_shift(x, cu_frames, num_frames, sizes, offsets, boundary)
+    check_norm_gradients(x, dy, dsum, mean, rstd, num_groups)
     check_norm(x, temb, weight, bias, ada_scale, ada_shift, num_groups)
     frames, channels, height, width = x.shape
     layout = Layout.of(x)
     x, dy, dsum = layout.dense(x), layout.dense(dy), layout.dense(dsum)
-    tables = [_dense(table) for table in (temb, weight, bias, ada_scale, ada_shift)]
+    tables = [dense(table) for table in (temb, weight, bias, ada_scale, ada_shift)]
     temb, weight, bias, ada_scale, ada_shift = tables
-    mean, rstd = _dense(mean), _dense(rstd)
+    mean, rstd = dense(mean), dense(rstd)
     none = x.new_empty(0)
     grads = [none if table is None else torch.empty_like(table) for table in tables]
     shift_before = not shift_after and any(offsets)
@@ -1081,24 +1076,13 @@ def shift_add_group_norm_silu_backward(
             group_sums_ptr=group_sums,
             MOVED_X=shift_before and not is_sum,
             MOVED_DY=shift_after and any(offsets),
-            **_shared(
-                x,
-                num_groups,
-                num_frames,
-                boundary,
-                stage,
-                config,
-                layout,
-                temb,
-                ada_scale,
-                ada_shift,
-            ),
-            **slices(sizes, offsets, layout.vec),
+            **_norm_arguments(num_groups, pixels, config, stage, temb, ada_scale, ada_shift),
+            **shift_arguments(x, layout, cu_frames, num_frames, sizes, offsets, boundary),
         )
     if deferred and own is not None:
-        dx = temporal_shift_backward(own, num_frames, sizes, offsets, boundary)
+        dx = temporal_shift_backward(own, cu_frames, num_frames, sizes, offsets, boundary)
     if summed or temb is not None:
-        rows = [0 if table is None else table.shape[0] for table in (temb, ada_scale, ada_shift)]
+        rows = [_rows(table) for table in (temb, ada_scale, ada_shift)]
         launch(
             shift_add_group_norm_silu_bwd_parameters_kernel,
             (1 + sum(rows)) * cdiv(channels, 64),
@@ -1129,44 +1113,33 @@ def shift_add_group_norm_silu_backward(
 _PARAMETERS = ("temb", "weight", "bias", "ada_scale", "ada_shift")
 
 
-def _shared(
-    x: Tensor,
+def _norm_arguments(
     num_groups: int,
-    num_frames: int,
-    boundary: str,
-    stage: str,
+    pixels: int,
     config: NormConfig,
-    layout: Layout,
+    stage: str,
     temb: Tensor | None,
     ada_scale: Tensor | None,
     ada_shift: Tensor | None,
 ) -> dict[str, Any]:
-    """The arguments that both directions have."""
-    frames, channels, height, width = x.shape
+    """The arguments that both directions have, beyond those of the shift."""
     return {
-        "N": frames,
-        "T": num_frames,
-        "P": height * width,
         "CHUNK": config.chunk,
-        "R_TEMB": 0 if temb is None else temb.shape[0],
-        "R_SCALE": 0 if ada_scale is None else ada_scale.shape[0],
-        "R_SHIFT": 0 if ada_shift is None else ada_shift.shape[0],
-        "C": channels,
+        "R_TEMB": _rows(temb),
+        "R_SCALE": _rows(ada_scale),
+        "R_SHIFT": _rows(ada_shift),
         "G": num_groups,
-        "BOUNDARY": boundary,
-        "CHANNELS_LAST": layout.channels_last,
         "STAGE": stage,
         "SPAN": config.span,
         "BLOCK_P": config.block_p,
         "BLOCK_C": config.block_c,
         "BLOCK_G": next_power_of_2(config.span),
-        "BLOCK_K": next_power_of_2(cdiv(height * width, config.chunk)),
-        "ACC": accumulator(x),
+        "BLOCK_K": next_power_of_2(cdiv(pixels, config.chunk)),
     }
 
 
-def _dense(table: Given) -> Given:
-    return None if table is None else table.contiguous()
+def _rows(table: Tensor | None) -> int:
+    return 0 if table is None else table.shape[0]
 
 
 def _stats_dtype(x: Tensor) -> torch.dtype:

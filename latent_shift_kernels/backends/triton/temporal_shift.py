@@ -16,24 +16,26 @@ from torch import Tensor
 
 from ...ops import check_shift
 from ._common import (
+    UNSPECIALIZED,
     Layout,
-    accumulator,
-    cdiv,
+    clip_of,
     gather_of,
-    launch,
+    launch_tiles,
     load_adjoint,
     load_gathered,
-    pick_tile,
     rounded,
-    slices,
+    shift_arguments,
     tile_offsets,
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def temporal_shift_kernel(
     x_ptr,
     y_ptr,
+    cu_frames_ptr,
+    CLIPS,
+    N,
     T,
     P,
     begin1,
@@ -62,9 +64,8 @@ def temporal_shift_kernel(
     m_tile = (o_p < P)[:, None] & (o_c < C)[None, :]
     frame_size = tl.cast(P, tl.int64) * C
     o_tile = i_n.to(tl.int64) * frame_size + tile_offsets(o_p, o_c, P, C, CHANNELS_LAST)
-    gather = gather_of(
-        i_c, i_n % T, T, frame_size, begin1, begin2, D0, D1, D2, BOUNDARY, VEC, BLOCK_C
-    )
+    clip = clip_of(cu_frames_ptr, CLIPS, i_n, N, T)
+    gather = gather_of(i_c, clip, frame_size, begin1, begin2, D0, D1, D2, BOUNDARY, VEC, BLOCK_C)
     if ADD_ENDS:
         b_y = load_adjoint(x_ptr, o_tile, m_tile, gather, True, STRADDLES, ACC)
         b_y = rounded(b_y, y_ptr.dtype.element_ty)
@@ -74,55 +75,54 @@ def temporal_shift_kernel(
 
 
 def temporal_shift(
-    x: Tensor, num_frames: int, sizes: list[int], offsets: list[int], boundary: str
-) -> Tensor:
-    """``torch.ops.latent_shift.temporal_shift``."""
-    check_shift(x, num_frames, sizes, offsets, boundary)
-    return _shift(x, num_frames, sizes, offsets, boundary, add_ends=False)
-
-
-def temporal_shift_backward(
-    dy: Tensor, num_frames: int, sizes: list[int], offsets: list[int], boundary: str
-) -> Tensor:
-    """``torch.ops.latent_shift.temporal_shift_backward``."""
-    check_shift(dy, num_frames, sizes, offsets, boundary)
-    add_ends = boundary == "replicate"
-    back = [-offset for offset in offsets]
-    return _shift(dy, num_frames, sizes, back, "zeros" if add_ends else boundary, add_ends)
-
-
-def _shift(
     x: Tensor,
+    cu_frames: Tensor | None,
     num_frames: int,
     sizes: list[int],
     offsets: list[int],
     boundary: str,
-    add_ends: bool,
 ) -> Tensor:
-    frames, channels, height, width = x.shape
+    """``torch.ops.latent_shift.temporal_shift``."""
+    check_shift(x, cu_frames, num_frames, sizes, offsets, boundary)
+    return _shift(x, cu_frames, num_frames, sizes, offsets, boundary)
+
+
+def temporal_shift_backward(
+    dy: Tensor,
+    cu_frames: Tensor | None,
+    num_frames: int,
+    sizes: list[int],
+    offsets: list[int],
+    boundary: str,
+) -> Tensor:
+    """``torch.ops.latent_shift.temporal_shift_backward``."""
+    check_shift(dy, cu_frames, num_frames, sizes, offsets, boundary)
+    back = [-offset for offset in offsets]
+    if boundary == "replicate":
+        return _shift(dy, cu_frames, num_frames, sizes, back, "zeros", add_ends=True)
+    return _shift(dy, cu_frames, num_frames, sizes, back, boundary)
+
+
+def _shift(
+    x: Tensor,
+    cu_frames: Tensor | None,
+    num_frames: int,
+    sizes: list[int],
+    offsets: list[int],
+    boundary: str,
+    add_ends: bool = False,
+) -> Tensor:
     layout = Layout.of(x)
     x = layout.dense(x)
     y = layout.like(x)
-    if x.numel() == 0:
-        return y
-    pixels = height * width
-    tile = pick_tile(channels, pixels, x.element_size(), layout.channels_last)
-    launch(
-        temporal_shift_kernel,
-        frames * cdiv(channels, tile.block_c) * cdiv(pixels, tile.block_p),
-        x,
-        tile.num_warps,
-        x_ptr=x,
-        y_ptr=y,
-        T=num_frames,
-        P=pixels,
-        C=channels,
-        BOUNDARY=boundary,
-        ADD_ENDS=add_ends,
-        CHANNELS_LAST=layout.channels_last,
-        BLOCK_P=tile.block_p,
-        BLOCK_C=tile.block_c,
-        ACC=accumulator(x),
-        **slices(sizes, offsets, layout.vec),
-    )
+    if x.numel():
+        launch_tiles(
+            temporal_shift_kernel,
+            x,
+            layout,
+            x_ptr=x,
+            y_ptr=y,
+            ADD_ENDS=add_ends,
+            **shift_arguments(x, layout, cu_frames, num_frames, sizes, offsets, boundary),
+        )
     return y
