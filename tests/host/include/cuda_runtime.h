@@ -13,8 +13,7 @@
 #define __global__ static
 #define __device__
 #define __host__
-#define __forceinline__ inline
-#define __noinline__ __attribute__((noinline))
+#define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __cluster_dims__(...)

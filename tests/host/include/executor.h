@@ -3,7 +3,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <functional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -45,19 +44,21 @@ struct LaunchRecord {
 
 void configure(const Options& options);
 const Options& options();
-void register_buffer(uint64_t address, uint64_t bytes, const std::string& name, bool writable);
+// `item` is the size of its elements, no two of which share what a race is told by.
+void register_buffer(uint64_t address, uint64_t bytes, uint32_t item, const std::string& name,
+                     bool writable);
 void clear_buffers();
-std::vector<LaunchRecord>& launch_records();
-// `kernel` is run once by every thread; `name` is any text that holds the kernel's name.
+const std::vector<LaunchRecord>& launch_records();
+// Runs `kernel(params)` in every thread; `name` is any text that holds the kernel's name.
 void launch(const char* name, dim3 blocks, dim3 threads, unsigned int cluster, size_t shared,
-            const std::function<void()>& kernel);
+            void (*kernel)(const void*), const void* params, size_t param_bytes);
 
 // ---- the side of the kernels -------------------------------------------------------------------
 
-[[gnu::const]] const uint3& thread_index();
-[[gnu::const]] const uint3& block_index();
-[[gnu::const]] const dim3& block_size();
-[[gnu::const]] const dim3& grid_size();
+[[gnu::const]] uint3 thread_index();
+[[gnu::const]] uint3 block_index();
+[[gnu::const]] dim3 block_size();
+[[gnu::const]] dim3 grid_size();
 
 enum class Element { kBfloat16, kHalf };
 enum class Shuffle { kIndex, kXor, kUp, kDown };

@@ -1,0 +1,175 @@
+"""Builds latent_shift_host: the CUDA kernels compiled for the host, and the executor that runs them.
+
+``python -m tests.host.build`` builds and says what did not compile; the tests build on first use. Every
+file is compiled again only when it, a header it includes, or the compiler has changed.
+"""
+
+import fcntl
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+HERE = Path(__file__).parent
+BUILD = HERE.parents[1] / "build" / "host"
+JOBS = 2
+# GCC's instrumentation alone; the executor defines what it calls.
+COMMON = ["-std=c++17", "-fPIC", "-g1", "-Wall", "-Wextra", "-fvisibility=hidden"]
+EXECUTOR = [*COMMON, "-O3"]
+KERNELS = [
+    *COMMON,
+    "-O1",
+    "-fsanitize=thread",
+    "--param=tsan-instrument-func-entry-exit=0",
+    "-fno-strict-aliasing",
+    "-ffp-contract=off",
+    "-Wno-unknown-pragmas",
+    "-Wno-unused-function",
+]
+# Copies are calls that the executor checks, not instructions it does not see.
+COPIES = ["memcpy", "memmove", "memset"]
+
+
+def why_not() -> str | None:
+    """Why this environment cannot build the module, if so."""
+    for tool in ("g++", "objcopy"):
+        if shutil.which(tool) is None:
+            return f"{tool} is not there to compile kernels for the host"
+    if importlib.util.find_spec("pybind11") is None:
+        return "pybind11 is not installed (pip install pybind11)"
+    if not sys.platform.startswith("linux"):
+        return "the host executor runs on Linux"
+    return None
+
+
+class CompileError(RuntimeError):
+    """A file did not compile; the text is the compiler's."""
+
+
+@contextmanager
+def locked(path: Path):
+    """One process builds, the others wait."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise CompileError(f"{' '.join(command)}\n{done.stderr}")
+
+
+def digest(command: list[str], depends: Path) -> str | None:
+    """A key of a compilation: its command and the content of every file it read last time."""
+    if not depends.exists():
+        return None
+    key = hashlib.sha256(" ".join(command).encode())
+    for name in re.sub(r"\\\n", " ", depends.read_text()).split(":", 1)[1].split():
+        if not Path(name).exists():
+            return None
+        # system headers go with the compiler
+        if not name.startswith("/usr/"):
+            key.update(Path(name).read_bytes())
+    return key.hexdigest()
+
+
+def compile_file(source: Path, compiler: str) -> Path:
+    """The object file of one source, compiled if it must be."""
+    import pybind11
+
+    kernels = source.name != "executor.cpp"
+    flags = [*KERNELS, *(f"-fno-builtin-{copy}" for copy in COPIES)] if kernels else EXECUTOR
+    includes = [HERE / "include", pybind11.get_include(), sysconfig.get_paths()["include"]]
+    target, depends = BUILD / f"{source.stem}.o", BUILD / f"{source.stem}.d"
+    stamp = BUILD / f"{source.stem}.key"
+    fresh = BUILD / f"{source.stem}.new.o"
+    command = ["g++", *flags, *(f"-I{i}" for i in includes), "-MMD", "-MF", str(depends)]
+    command += ["-c", str(source), "-o", str(fresh)]
+    identity = [compiler, *command]
+    key = digest(identity, depends)
+    if key is not None and target.exists() and stamp.exists() and stamp.read_text() == key:
+        return target
+    run(command)
+    if kernels:
+        renamed = [f"--redefine-sym={copy}=ls_{copy}" for copy in COPIES]
+        run(["objcopy", *renamed, str(fresh)])
+    fresh.replace(target)
+    stamp.write_text(digest(identity, depends) or "")
+    return target
+
+
+def build() -> tuple[Path, dict[str, str]]:
+    """The module's path, and the compiler's words on bindings that it had to leave out."""
+    compiler = subprocess.run(["g++", "--version"], capture_output=True, text=True).stdout
+    required = [HERE / "executor.cpp", HERE / "module.cpp"]
+    bindings = sorted([*HERE.glob("bind_*.cpp"), HERE / "faults.cpp", HERE / "features.cpp"])
+    left_out: dict[str, str] = {}
+
+    def attempt(source: Path) -> Path | None:
+        try:
+            return compile_file(source, compiler)
+        except CompileError as error:
+            if source in required:
+                raise
+            left_out[source.name] = str(error)
+            return None
+
+    with locked(BUILD / "lock"), ThreadPoolExecutor(JOBS) as pool:
+        # the slow ones first
+        order = sorted([*required, *bindings], key=lambda source: -source.stat().st_size)
+        objects = sorted(o for o in pool.map(attempt, order) if o is not None)
+        keys = "".join(o.with_suffix(".key").read_text() for o in objects)
+        folder = BUILD / hashlib.sha256(keys.encode()).hexdigest()[:16]
+        library = folder / "latent_shift_host.so"
+        if not library.exists():
+            for old in BUILD.glob("*/latent_shift_host.so"):
+                shutil.rmtree(old.parent)
+            folder.mkdir(parents=True, exist_ok=True)
+            # processes that wait for the lock must find all of it or nothing
+            part = folder / f"part{os.getpid()}"
+            run(["g++", "-shared", *map(str, objects), "-o", str(part)])
+            part.replace(library)
+    return library, left_out
+
+
+class HostModule(ModuleType):
+    """Stands for the module, and says of a missing binding why it is missing."""
+
+    left_out: dict[str, str]
+
+    def __getattr__(self, name: str):
+        try:
+            return getattr(self.__dict__["loaded"], name)
+        except AttributeError:
+            said = "\n".join(self.__dict__["left_out"].values())
+            raise AttributeError(f"latent_shift_host has no {name!r}\n{said[:8000]}") from None
+
+
+def load() -> HostModule:
+    """The module, built if it must be."""
+    library, left_out = build()
+    spec = importlib.util.spec_from_file_location("latent_shift_host", library)
+    assert spec is not None and spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    module = HostModule("latent_shift_host")
+    module.__dict__.update(loaded=loaded, left_out=left_out)
+    return module
+
+
+if __name__ == "__main__":
+    path, missing = build()
+    for source, text in missing.items():
+        print(f"{source} did not compile:\n{text}", file=sys.stderr)
+    print(path)
+    sys.exit(bool(missing))

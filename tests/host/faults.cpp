@@ -1,0 +1,2 @@
+#include "../../csrc/cuda/ptx.cuh"
+#include "bindings.h"
