@@ -26,12 +26,6 @@ struct FlatShape {
   int64_t frames, channels, pixels;
 };
 
-inline void check_frame_size(int64_t channels, int64_t pixels) {
-  if (channels * pixels >= int64_t{1} << 31)
-    throw std::runtime_error("a frame holds fewer than 2^31 elements, got " +
-                             std::to_string(channels * pixels));
-}
-
 // Whether frames of `frame_size` elements behind these pointers can be accessed by 16 bytes.
 inline bool fits_vectors(int64_t frame_size, int element_size,
                          std::initializer_list<const void*> pointers) {

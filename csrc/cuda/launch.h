@@ -43,6 +43,13 @@ inline Grid grid_of(int64_t blocks, int threads, unsigned cluster = 1, size_t sh
           shared};
 }
 
+// Offsets inside a frame are 32 bits.
+inline void check_frame_size(int64_t channels, int64_t pixels) {
+  if (channels * pixels >= int64_t{1} << 31)
+    throw std::runtime_error("a frame holds fewer than 2^31 elements, got " +
+                             std::to_string(channels * pixels));
+}
+
 #ifdef __CUDACC__
 
 inline void check_cuda(cudaError_t status, const char* what) {

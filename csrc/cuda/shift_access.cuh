@@ -101,11 +101,11 @@ LS_DEVICE Frames<T> where_none(const Frames<T>& frames, T* base, int64_t n, int6
   return own;
 }
 
-// Whether the N elements from `position` on lie in one slice of one row.
-template <int N>
+// Whether `Count` positions from `position` on lie in one slice of one row.
+template <int Count>
 LS_DEVICE bool in_one_slice(const Slices& slices, uint32_t position) {
-  return N == 1 || (position + N <= slices.row.divisor &&
-                    slices.of(position) == slices.of(position + (N - 1)));
+  return Count == 1 || (position + Count <= slices.row.divisor &&
+                        slices.of(position) == slices.of(position + (Count - 1)));
 }
 
 template <class T, int N>
@@ -114,12 +114,13 @@ LS_DEVICE Vec<T, N> load_or_zero(const T* frame, int64_t offset) {
   return load<T, N>(frame + offset);
 }
 
-// The vector at `offset` of a frame, `position` of its row, whose elements come from the frames of
-// their slices; zero where there is none.
-template <class T, int N>
+// The vector at `offset` of a frame, whose elements come from the frames of their slices; zero where
+// there is none. They are at Positions positions of the row: N, or 1 where all are of one channel.
+template <class T, int N, int Positions = N>
 LS_DEVICE Vec<T, N> gather(const Frames<const T>& from, const Slices& slices, uint32_t position,
                            int64_t offset) {
-  if (in_one_slice<N>(slices, position))
+  static_assert(Positions == N || Positions == 1);
+  if (in_one_slice<Positions>(slices, position))
     return load_or_zero<T, N>(from.of(slices.of(position)), offset);
   int slice[N];
 #pragma unroll
@@ -147,24 +148,24 @@ LS_DEVICE Vec<T, N> gather(const Frames<const T>& from, const Slices& slices, ui
 }
 
 // The adjoint's gather: the sum of both readers.
-template <class T, int N>
-LS_DEVICE Vec<T, N> gather_readers(const ReadingFrames<const T>& from, const Slices& slices,
-                                   uint32_t position, int64_t offset) {
-  const Vec<T, N> first = gather<T, N>(from.first, slices, position, offset);
+template <class T, int N, int Positions = N>
+LS_DEVICE Vec<T, N> gather(const ReadingFrames<const T>& from, const Slices& slices,
+                           uint32_t position, int64_t offset) {
+  const Vec<T, N> first = gather<T, N, Positions>(from.first, slices, position, offset);
   if (!from.second.any()) return first;
   acc_t<T> sum[N], other[N];
   widen(first, sum);
-  widen(gather<T, N>(from.second, slices, position, offset), other);
+  widen(gather<T, N, Positions>(from.second, slices, position, offset), other);
 #pragma unroll
   for (int j = 0; j < N; ++j) sum[j] += other[j];
   return narrow<T, N>(sum);
 }
 
 // Stores a vector of one row to the frames of its elements' slices, where there is one.
-template <class T, int N>
+template <class T, int N, int Positions = N>
 LS_DEVICE void scatter(const Frames<T>& to, const Slices& slices, uint32_t position, int64_t offset,
                        const Vec<T, N>& v) {
-  if (in_one_slice<N>(slices, position)) {
+  if (in_one_slice<Positions>(slices, position)) {
     T* frame = to.of(slices.of(position));
     if (frame) store<T, N>(frame + offset, v);
     return;

@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kFlatThreads)
 #pragma unroll
   for (int i = 0; i < kFlatVectors; ++i)
     if (tile.holds(i))
-      v[i] = gather_readers<T, N>(from, slices, slices.row.modulo(tile.offset(i)), tile.offset(i));
+      v[i] = gather<T, N>(from, slices, slices.row.modulo(tile.offset(i)), tile.offset(i));
 #pragma unroll
   for (int i = 0; i < kFlatVectors; ++i)
     if (tile.holds(i)) store<T, N>(y + tile.offset(i), v[i]);
