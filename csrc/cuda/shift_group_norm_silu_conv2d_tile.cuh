@@ -1,0 +1,403 @@
+// What the kernels of shift_group_norm_silu_conv2d share: tiles, the halo in shared memory, and the
+// epilogue.
+//
+// A tile is 8x8 output pixels of one frame. Its input is a halo of 10x10 pixels, in shared memory as
+//   [4 chunks][kHaloPitch pixels][8 channels], 16 bytes a pixel and chunk,
+// 32 channels at a time: any 8 neighbouring pixels of a row are 128 contiguous bytes, which is a core
+// matrix of wgmma and a conflict-free matrix of ldmatrix, wherever they start. A tap (dy, dx) of the
+// filter is only another start, dy * 10 + dx pixels on.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/shift.h"
+#include "vec.cuh"
+
+namespace latent_shift::cuda {
+
+constexpr int kTaps = 9;
+constexpr int kTile = 8;
+constexpr int kTilePixels = kTile * kTile;
+constexpr int kHalo = kTile + 2;
+constexpr int kHaloPixels = kHalo * kHalo;
+// 2 modulo 8, so that the 4 chunks of 2 pixels, stored by 8 threads, hit different banks
+constexpr int kHaloPitch = 106;
+constexpr int kChunk = 8;        // channels in 16 bytes
+constexpr int kBlockChunks = 4;  // chunks in a block of the k loop
+constexpr int kBlockChannels = kBlockChunks * kChunk;
+constexpr int kVectorBytes = 16;
+constexpr int kHaloBytes = kBlockChunks * kHaloPitch * kVectorBytes;
+constexpr int kCtaTiles = 2;
+constexpr int kTileThreads = 128;  // threads of a tile in the epilogue
+
+// Output channels that leave together.
+__host__ __device__ constexpr int part_columns(int columns) { return columns % 80 == 0 ? 80 : 64; }
+
+__host__ __device__ constexpr uint32_t tap_offset(int tap) {
+  return (tap / 3 * kHalo + tap % 3) * kVectorBytes;
+}
+
+// Bytes of the filter's stage: one tap, one block of channels.
+__host__ __device__ constexpr uint32_t stage_bytes(int columns) { return columns * kBlockChannels * 2; }
+
+__host__ __device__ constexpr int max_bytes(int a, int b) { return a > b ? a : b; }
+
+struct ConvParams {
+  const void* x;         // [frames, height, width, x_channels]
+  const void* skip;      // [frames, height, width, in_channels - x_channels], or null
+  const float* affine;   // [frames, 2, in_channels]: scale and shift, placement of the shift included
+  const void* filters;   // [column blocks, blocks, taps, kBlockChunks, columns, kChunk]
+  const void* residual;  // as out, or null
+  void* out;             // [frames, height, width, out_channels]
+  float* partials;       // [frames, tiles per frame, out_channels, 2], or null
+  Table filter_bias, out_temb;
+  Shift shift, out_shift;
+  int32_t frames, height, width, x_channels, in_channels, out_channels;
+  int32_t tiles_x, tiles_per_frame, tiles;
+  int32_t blocks;  // of kBlockChannels channels of the input
+  float out_scale;
+};
+
+__device__ __forceinline__ void load8(const float* from, float (&v)[kChunk]) {
+  const float4 low = reinterpret_cast<const float4*>(from)[0];
+  const float4 high = reinterpret_cast<const float4*>(from)[1];
+  v[0] = low.x, v[1] = low.y, v[2] = low.z, v[3] = low.w;
+  v[4] = high.x, v[5] = high.y, v[6] = high.z, v[7] = high.w;
+}
+
+// The vector whose 16-bit numbers from `begin` on are those of `above`, the others those of `below`.
+__device__ __forceinline__ uint4 upper(const uint4& above, const uint4& below, int begin) {
+  const auto join = [begin](uint32_t a, uint32_t b, int pair) {
+    const uint32_t mask = (2 * pair >= begin ? 0x0000ffffu : 0u) | (2 * pair + 1 >= begin ? 0xffff0000u : 0u);
+    return (a & mask) | (b & ~mask);
+  };
+  return {join(above.x, below.x, 0), join(above.y, below.y, 1), join(above.z, below.z, 2),
+          join(above.w, below.w, 3)};
+}
+
+// Where the slices of a shift end, in registers: the slice of a channel.
+struct SliceEnds {
+  int32_t first, second;
+
+  __device__ __forceinline__ explicit SliceEnds(const Shift& shift)
+      : first(static_cast<int32_t>(shift.end[0])), second(static_cast<int32_t>(shift.end[1])) {}
+
+  __device__ __forceinline__ int slice(int32_t channel) const {
+    return (channel >= first) + (channel >= second);
+  }
+};
+
+// Which tile: its frame and its first pixel. A CTA past the last tile has one without pixels.
+struct Tile {
+  int32_t index, frame, in_frame, y, x, height, width;
+
+  __device__ __forceinline__ Tile(const ConvParams& p, int32_t index_) : index(index_) {
+    const bool exists = index < p.tiles;
+    frame = exists ? index / p.tiles_per_frame : 0;
+    in_frame = exists ? index % p.tiles_per_frame : 0;
+    y = in_frame / p.tiles_x * kTile;
+    x = in_frame % p.tiles_x * kTile;
+    height = exists ? min(kTile, p.height - y) : 0;
+    width = exists ? min(kTile, p.width - x) : 0;
+  }
+};
+
+// What there is to know about a tile's halo, in shared memory: registers are for sums.
+struct HaloTable {
+  static constexpr int kPixels = 128;  // of any loader's last round
+
+  int32_t tile, frame;
+  int32_t source[3];       // the frame each slice of channels reads, or -1
+  int32_t pixel[kPixels];  // where a pixel of the halo lies in its frame, or -1
+
+  __device__ __forceinline__ void fill(const ConvParams& p, const Tile& of, int thread,
+                                       int threads) {
+    for (int i = thread; i < kPixels; i += threads) {
+      const int32_t y = of.y - 1 + i / kHalo, x = of.x - 1 + i % kHalo;
+      const bool inside = of.height > 0 && i < kHaloPixels && y >= 0 && y < p.height && x >= 0 &&
+                          x < p.width;
+      pixel[i] = inside ? y * p.width + x : -1;
+    }
+    if (thread < 3)
+      source[thread] =
+          static_cast<int32_t>(source_frame(p.shift, of.frame, p.shift.offset[thread]));
+    if (thread == 0) {
+      tile = of.index;
+      frame = of.frame;
+    }
+  }
+};
+
+// Brings a tile's halo to shared memory, one block of channels at a time: `fetch` issues the loads
+// and leaves the numbers in registers, `store` normalises, activates and stores. A block takes so many
+// rounds of both; a thread keeps its chunk of channels, so it reads scale and shift once a round.
+template <class T, int Threads, int Rounds>
+class HaloLoader {
+ public:
+  __device__ __forceinline__ HaloLoader(const ConvParams& params, const HaloTable& table_,
+                                        int thread)
+      : p(params), table(table_), chunk(thread % kBlockChunks), first(thread / kBlockChunks) {}
+
+  __device__ __forceinline__ void fetch(int block, int round) {
+    const int32_t channel = block * kBlockChannels + chunk * kChunk;
+    const SliceEnds ends(p.shift);
+    const int begin = ends.slice(channel), end = ends.slice(channel + kChunk - 1);
+    load(channel, round, table.source[begin], [](const uint4& v, const uint4&) { return v; });
+    // a vector that straddles slices takes its later channels from other frames
+    for (int k = begin + 1; k <= end; ++k) {
+      const int lower = (k == 1 ? ends.first : ends.second) - channel;
+      load(channel, round, table.source[k],
+           [lower](const uint4& v, const uint4& old) { return upper(v, old, lower); });
+    }
+  }
+
+  __device__ __forceinline__ void store(int block, int round, unsigned char* halo) {
+    const int32_t channel = block * kBlockChannels + chunk * kChunk;
+    const bool exists = channel < p.in_channels;
+    if (exists) {
+      const float* affine = p.affine + int64_t{table.frame} * 2 * p.in_channels + channel;
+      // by halves, for want of registers
+      activate<0>(affine);
+      activate<1>(affine + kChunk / 2);
+    }
+    uint4* const row = reinterpret_cast<uint4*>(halo) + chunk * kHaloPitch;
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      const int pixel = pixel_of(round, i);
+      // padding is zero after the activation
+      if (pixel < kHaloPixels) row[pixel] = exists && table.pixel[pixel] >= 0 ? raw[i] : uint4{};
+    }
+  }
+
+ private:
+  static constexpr int kStep = Threads / kBlockChunks;
+  static constexpr int kVectors = (kHaloPixels + kStep * Rounds - 1) / (kStep * Rounds);
+  static_assert(Threads % kBlockChunks == 0 && kStep * Rounds * kVectors <= HaloTable::kPixels);
+
+  __device__ __forceinline__ int pixel_of(int round, int i) const {
+    return first + (round * kVectors + i) * kStep;
+  }
+
+  // Zeros outside the frame and the clip.
+  template <class Join>
+  __device__ __forceinline__ void load(int32_t channel, int round, int32_t from, Join join) {
+    const bool exists = from >= 0 && channel < p.in_channels, in_x = channel < p.x_channels;
+    const int32_t stride = in_x ? p.x_channels : p.in_channels - p.x_channels;
+    const T* base = static_cast<const T*>(in_x ? p.x : p.skip) +
+                    int64_t{from} * p.height * p.width * stride +
+                    (in_x ? channel : channel - p.x_channels);
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      const int32_t at = table.pixel[pixel_of(round, i)];
+      uint4 v{};
+      if (exists && at >= 0) v = *reinterpret_cast<const uint4*>(base + int64_t{at} * stride);
+      raw[i] = join(v, raw[i]);
+    }
+  }
+
+  template <int Half>
+  __device__ __forceinline__ void activate(const float* affine) {
+    constexpr int kNumbers = kChunk / 2;
+    float v[kNumbers];
+    const float4 scales = *reinterpret_cast<const float4*>(affine);
+    const float4 shifts = *reinterpret_cast<const float4*>(affine + p.in_channels);
+    const float scale[] = {scales.x, scales.y, scales.z, scales.w};
+    const float shift[] = {shifts.x, shifts.y, shifts.z, shifts.w};
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      widen(Vec<T, kNumbers>{Half ? uint2{raw[i].z, raw[i].w} : uint2{raw[i].x, raw[i].y}}, v);
+#pragma unroll
+      for (int e = 0; e < kNumbers; ++e) {
+        const float z = fmaf(v[e], scale[e], shift[e]);
+        v[e] = z * sigmoid<T>(z);
+      }
+      const uint2 word = narrow<T, kNumbers>(v).word;
+      (Half ? raw[i].z : raw[i].x) = word.x;
+      (Half ? raw[i].w : raw[i].y) = word.y;
+    }
+  }
+
+  const ConvParams& p;
+  const HaloTable& table;
+  const int chunk, first;
+  uint4 raw[kVectors];
+};
+
+// What a tile's epilogue keeps in shared memory, in this order: fp32 sums of Columns output channels,
+// and of a part of them the numbers stored, the addends, and the target frames.
+template <int Columns, int Part>
+struct EpilogueShared {
+  // 8 or 24 modulo 32 banks: the 8 rows and 4 pairs of a fragment do not collide
+  static constexpr int kPitch = Columns + 8;
+  static constexpr int kStoredPitch = Part + 8;
+  static constexpr int kStoredAt = kTilePixels * kPitch * 4;
+  static constexpr int kAddendAt = kStoredAt + kTilePixels * kStoredPitch * 2;
+  static constexpr int kTargetsAt = kAddendAt + Part * 4;
+  static constexpr int kBytes = kTargetsAt + 48;
+  static_assert(kPitch % 16 == 8 && Part % kChunk == 0);
+};
+
+// Results leave by way of shared memory, 128 threads a tile: first fp32 sums in fragment order, then
+// in parts whole vectors with bias, table, residual and scale, stored at every frame that reads them.
+template <class T, int Columns, int Part>
+class Epilogue {
+ public:
+  using Shared = EpilogueShared<Columns, Part>;
+  static constexpr int kBytes = Shared::kBytes;
+
+  // `barrier` is the named barrier of the 128 threads, `shared` kBytes of their own.
+  __device__ __forceinline__ Epilogue(const ConvParams& params, const Tile& tile_, int thread_,
+                                      int barrier_, unsigned char* shared)
+      : p(params),
+        tile(tile_),
+        thread(thread_),
+        barrier(barrier_),
+        sums(reinterpret_cast<float*>(shared)),
+        stored(reinterpret_cast<T*>(shared + Shared::kStoredAt)),
+        addend(reinterpret_cast<float*>(shared + Shared::kAddendAt)),
+        targets(reinterpret_cast<int32_t*>(shared + Shared::kTargetsAt)),
+        ends(params.out_shift) {
+    if (thread >= 3) return;
+    const int32_t offset = p.out_shift.offset[thread];
+    const Clip clip = clip_of(p.out_shift, tile.frame);
+    const Readers readers = reader_frames(p.out_shift, clip, tile.frame, offset);
+    const bool fed = source_frame(p.out_shift, clip, tile.frame, offset) >= 0;
+    targets[kFirst * 3 + thread] = static_cast<int32_t>(readers.first);
+    targets[kSecond * 3 + thread] = static_cast<int32_t>(readers.second);
+    targets[kFill * 3 + thread] = fed ? -1 : tile.frame;
+  }
+
+  // A fragment of 16 pixels and 8 columns, as mma and wgmma hold it.
+  __device__ __forceinline__ void put(int pixel, int column, const float* d, int lane) const {
+    float* at = sums + (pixel + lane / 4) * Shared::kPitch + column + lane % 4 * 2;
+    *reinterpret_cast<float2*>(at) = {d[0], d[1]};
+    *reinterpret_cast<float2*>(at + 8 * Shared::kPitch) = {d[2], d[3]};
+  }
+
+  // Waits for every `put`, stores the part that begins at `column0` and output channel `channel0`, and
+  // returns when everybody has.
+  __device__ __forceinline__ void store_part(int column0, int32_t channel0) const {
+    const int64_t temb = row_offset(p.out_temb, tile.frame, p.frames, p.out_channels);
+    for (int c = thread; c < Part; c += kTileThreads) {
+      const int32_t channel = channel0 + c;
+      addend[c] = channel < p.out_channels
+                      ? read(p.filter_bias, channel, 0.f) + read(p.out_temb, temb + channel, 0.f)
+                      : 0.f;
+    }
+    sync();
+#pragma unroll 1
+    for (int target = 0; target < kTargets; ++target) {
+      const int32_t* frames = targets + target * 3;
+      if (frames[0] < 0 && frames[1] < 0 && frames[2] < 0) continue;
+      store_target(column0, channel0, frames, target != kFill);
+      if (p.partials) {
+        sync();
+        reduce_target(channel0, frames);
+        sync();
+      }
+    }
+    sync();
+  }
+
+ private:
+  // Where a channel goes: to one or two readers, and to its own frame where no frame feeds that.
+  enum { kFirst, kSecond, kFill, kTargets };
+
+  __device__ __forceinline__ void sync() const { ptx::named_barrier_sync(barrier, kTileThreads); }
+
+  __device__ __forceinline__ int64_t offset_of(int32_t frame, int pixel, int32_t channel) const {
+    const int32_t y = tile.y + pixel / kTile, x = tile.x + pixel % kTile;
+    return ((int64_t{frame} * p.height + y) * p.width + x) * p.out_channels + channel;
+  }
+
+  __device__ __forceinline__ bool inside(int pixel) const {
+    return pixel / kTile < tile.height && pixel % kTile < tile.width;
+  }
+
+  __device__ __forceinline__ void store_target(int column0, int32_t channel0,
+                                               const int32_t* frames, bool has_sum) const {
+    constexpr int kChunks = Part / kChunk;
+    const T* residual = static_cast<const T*>(p.residual);
+    T* out = static_cast<T*>(p.out);
+    for (int i = thread; i < kTilePixels * kChunks; i += kTileThreads) {
+      const int pixel = i / kChunks, column = i % kChunks * kChunk;
+      const int32_t channel = channel0 + column;
+      if (channel >= p.out_channels || !inside(pixel)) continue;
+      float v[kChunk] = {};
+      if (has_sum) {
+        float more[kChunk];
+        load8(sums + pixel * Shared::kPitch + column0 + column, v);
+        load8(addend + column, more);
+#pragma unroll
+        for (int e = 0; e < kChunk; ++e) v[e] += more[e];
+      }
+      const int slice = ends.slice(channel);
+      const int32_t frame = frames[slice];
+      T* const copy = stored + pixel * Shared::kStoredPitch + column;
+      if (slice == ends.slice(channel + kChunk - 1)) {
+        if (frame < 0) continue;
+        const int64_t at = offset_of(frame, pixel, channel);
+        if (residual) {
+          float more[kChunk];
+          widen(load<T, kChunk>(residual + at), more);
+#pragma unroll
+          for (int e = 0; e < kChunk; ++e) v[e] += more[e];
+        }
+#pragma unroll
+        for (int e = 0; e < kChunk; ++e) v[e] *= p.out_scale;
+        const Vec<T, kChunk> packed = narrow<T, kChunk>(v);
+        store(out + at, packed);
+        if (p.partials) store(copy, packed);
+        continue;
+      }
+#pragma unroll
+      for (int e = 0; e < kChunk; ++e) {  // a vector that straddles slices
+        const int32_t own = frames[ends.slice(channel + e)];
+        if (own < 0) continue;
+        const int64_t at = offset_of(own, pixel, channel + e);
+        if (residual) v[e] += widen(residual[at]);
+        const T value = narrow<T>(v[e] * p.out_scale);
+        out[at] = value;
+        if (p.partials) copy[e] = value;
+      }
+    }
+  }
+
+  // Sum and centred sum of squares of what store_target stored, a thread per channel.
+  __device__ __forceinline__ void reduce_target(int32_t channel0, const int32_t* frames) const {
+    const int count = tile.height * tile.width;
+    for (int c = thread; c < Part; c += kTileThreads) {
+      const int32_t channel = channel0 + c;
+      if (channel >= p.out_channels || count == 0) continue;
+      const int32_t frame = frames[ends.slice(channel)];
+      if (frame < 0) continue;
+      float sum = 0.f, centred = 0.f;
+      for (int y = 0; y < tile.height; ++y)
+        for (int x = 0; x < tile.width; ++x) sum += value(y, x, c);
+      const float mean = sum / count;
+      for (int y = 0; y < tile.height; ++y) {
+        for (int x = 0; x < tile.width; ++x) {
+          const float d = value(y, x, c) - mean;
+          centred = fmaf(d, d, centred);
+        }
+      }
+      const int64_t row = int64_t{frame} * p.tiles_per_frame + tile.in_frame;
+      reinterpret_cast<float2*>(p.partials)[row * p.out_channels + channel] = {sum, centred};
+    }
+  }
+
+  __device__ __forceinline__ float value(int y, int x, int column) const {
+    return widen(stored[(y * kTile + x) * Shared::kStoredPitch + column]);
+  }
+
+  const ConvParams& p;
+  const Tile& tile;
+  const int thread, barrier;
+  float* sums;
+  T* stored;
+  float* addend;
+  int32_t* targets;  // [kTargets][3 slices]: a frame, or -1
+  const SliceEnds ends;
+};
+
+}  // namespace latent_shift::cuda
