@@ -320,15 +320,14 @@ class DiffusionStage:
         """Returns the mean squared error of the predicted velocity.
 
         Args:
-            clean: latents (B, T, C, h, w); every clip gets one time step, drawn uniformly, for all
-                its frames.
+            clean: latents (B, T, C, h, w); every clip gets one time step for all its frames.
             captions: B captions.
         """
         batch = clean.shape[0]
         noise = torch.randn(clean.shape, generator=generator)
-        steps = torch.randint(
-            self.scheduler.config.num_train_timesteps, (batch,), generator=generator
-        )
+        time, shift = torch.rand(batch, generator=generator), self.config.noise_shift
+        time = shift * time / (1.0 + (shift - 1.0) * time)
+        steps = (time * self.scheduler.config.num_train_timesteps).long()
         mine = self.workspace.ranks.rows(batch)
         captions = captions[mine]
         clean, noise, steps = (
