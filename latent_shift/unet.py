@@ -32,7 +32,7 @@ from latent_shift_kernels.spec import Boundary, SingleFrame
 # diffusers looks for ModelMixin in the namespace of the module that defines a saved component.
 __all__ = ["LatentShiftUNet", "ModelMixin", "ShiftConfig", "insert_shift", "remove_shift"]
 
-_PRESETS = ("latent_shift", "tsm", "causal")
+_PRESETS = ("latent_shift", "tsm", "causal", "none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,17 +41,17 @@ class ShiftConfig:
 
     Args:
         preset: ``"latent_shift"`` (thirds, arXiv 2304.08477), ``"tsm"`` or ``"causal"`` (arXiv
-            1811.08383).
+            1811.08383), or ``"none"``: frames that never meet, to compare with.
         fold_div: C // fold_div channels move each way; only for ``"tsm"`` and ``"causal"``, 8 if
             None.
         placement: Where in the ResNet block; see :class:`latent_shift_kernels.Placement`.
         boundary, single_frame: See :class:`latent_shift_kernels.ShiftSpec`.
 
     Raises:
-        ValueError: On unknown names, or a ``fold_div`` for ``"latent_shift"``.
+        ValueError: On unknown names, or a ``fold_div`` for a preset that has none.
     """
 
-    preset: Literal["latent_shift", "tsm", "causal"] = "latent_shift"
+    preset: Literal["latent_shift", "tsm", "causal", "none"] = "latent_shift"
     fold_div: int | None = None
     placement: str = Placement.BRANCH_OUTPUT.value
     boundary: Boundary = "zeros"
@@ -66,7 +66,7 @@ class ShiftConfig:
                 f"placement must be one of {', '.join(placements)}, got {self.placement!r}"
             )
         object.__setattr__(self, "placement", Placement(self.placement).value)
-        if self.preset == "latent_shift" and self.fold_div is not None:
+        if self.preset in ("latent_shift", "none") and self.fold_div is not None:
             raise ValueError(
                 "fold_div belongs to the presets tsm and causal; latent_shift always moves thirds"
             )
@@ -77,6 +77,8 @@ class ShiftConfig:
         ends: dict[str, Any] = {"boundary": self.boundary, "single_frame": self.single_frame}
         if self.preset == "latent_shift":
             return ShiftSpec.latent_shift(channels, **ends)
+        if self.preset == "none":
+            return ShiftSpec(0, channels, 0, **ends)
         return getattr(ShiftSpec, self.preset)(channels, self.fold_div or 8, **ends)
 
 

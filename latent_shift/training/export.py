@@ -12,7 +12,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from latent_shift.pipeline import LatentShiftPipeline
 from latent_shift.training.checkpoints import load_latest
 from latent_shift.training.config import Recipe
-from latent_shift.training.stages import make_scheduler
+from latent_shift.training.stages import make_scheduler, video_shift
 from latent_shift.unet import LatentShiftUNet
 
 
@@ -33,7 +33,8 @@ def load_run(root: Path, part: str, recipe: Recipe) -> LatentShiftPipeline:
     source = folder if finished else root / "image"
     if not (source / "unet").exists():
         raise FileNotFoundError(f"{root} holds no finished image stage to start from")
-    unet = LatentShiftUNet.from_pretrained(source / "unet")
+    shift = None if part == "image" else video_shift(recipe)
+    unet = LatentShiftUNet.from_pretrained(source / "unet", shift=shift)
     text_encoder = CLIPTextModel.from_pretrained(source / "text_encoder")
     if not finished:
         found = load_latest(folder / "checkpoints")

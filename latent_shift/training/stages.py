@@ -32,7 +32,7 @@ from latent_shift.training.config import (
     VideoConfig,
 )
 from latent_shift.training.trainer import Clock, Interrupted, Ranks, Stage, derive_seed
-from latent_shift.unet import LatentShiftUNet, insert_shift, remove_shift
+from latent_shift.unet import LatentShiftUNet, ShiftConfig, insert_shift, remove_shift
 
 _CHUNK = 125  # clips in one file of cached latents
 
@@ -280,7 +280,6 @@ class Latents:
 class DiffusionStage:
     """What the two diffusion stages share: models, captions, noise, loss, sampling."""
 
-    temporal: str = "shift"
     config: ImageConfig | VideoConfig
     unet: LatentShiftUNet
     text_encoder: CLIPTextModel
@@ -341,15 +340,10 @@ class DiffusionStage:
 
     def predict(self, noisy: Tensor, steps: Tensor, text: Tensor) -> Tensor:
         """Runs the U-Net on clips (B, T, C, h, w), one time step and one text (L, D) for each."""
-        shape = noisy.shape
-        if self.temporal == "none":
-            # frames that are clips of their own never meet
-            noisy = noisy.flatten(0, 1).unsqueeze(1)
-            steps, text = steps.repeat_interleave(shape[1]), text.repeat_interleave(shape[1], dim=0)
         velocity = self.unet(
             noisy.transpose(1, 2), steps, encoder_hidden_states=text, added_cond_kwargs={}
         ).sample
-        return velocity.transpose(1, 2).reshape(shape)
+        return velocity.transpose(1, 2)
 
     @torch.no_grad()
     def sample(self, prompts: list[Prompt], num_frames: int, seed: int) -> list[Tensor]:
@@ -480,8 +474,8 @@ class VideoStage(DiffusionStage):
         self.text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder").to(
             workspace.device
         )
-        self.temporal = recipe.video.temporal
-        self.unet = insert_shift(UNet2DConditionModel.from_pretrained(folder / "unet"))
+        image_unet = UNet2DConditionModel.from_pretrained(folder / "unet")
+        self.unet = insert_shift(image_unet, video_shift(recipe))
         self.unet.to(workspace.device, memory_format=torch.channels_last)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -606,6 +600,11 @@ def make_unet(recipe: Recipe) -> UNet2DConditionModel:
         addition_embed_type="text",
         addition_embed_type_num_heads=config.heads,
     )
+
+
+def video_shift(recipe: Recipe) -> ShiftConfig:
+    """Returns what the video stage puts into the image U-Net."""
+    return ShiftConfig(preset="latent_shift" if recipe.video.temporal == "shift" else "none")
 
 
 STAGES: dict[str, Callable[[Workspace], Stage]] = {
