@@ -25,11 +25,9 @@ class Placement(enum.StrEnum):
     """Where in a two-convolution ResNet block the shift sits.
 
     The paper (arXiv 2304.08477) draws it last in the residual branch, before the addition
-    (``BRANCH_OUTPUT``); the drawing shows one stage of a two-stage block, so the other readings are
-    kept
-    selectable: between conv1 and norm2 (``CONV1_OUTPUT``), between SiLU and conv1 (``CONV1_INPUT``,
-        the
-    position TSM calls "blockres"), and before norm1 inside the branch only (``BLOCK_INPUT``).
+    (``BRANCH_OUTPUT``); the drawing shows one stage of a two-stage block, so the other readings can
+    be chosen: between conv1 and norm2 (``CONV1_OUTPUT``), between SiLU and conv1 (``CONV1_INPUT``,
+    the position TSM calls "blockres"), and before norm1 inside the branch only (``BLOCK_INPUT``).
     """
 
     BRANCH_OUTPUT = "branch_output"

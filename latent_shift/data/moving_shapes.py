@@ -5,9 +5,8 @@ it with antialiased signed distances, so nothing is stored and any size can be r
 `MovingShapes.sample(index)` is a pure function of `(seed, index)`.
 
 Geometry is in units of the frame: x to the right, y downwards, both in [0, 1]. All shapes of one
-    size have the same
-area, so size is read from the area and shape from the outline alone. Every object stays inside the
-frame for the whole clip.
+size have the same area, so size is read from the area and shape from the outline alone. Every
+object stays inside the frame for the whole clip.
 
 Captions follow this grammar (`[]` optional, `|` alternatives, words of `SYNONYMS` and `MOTIONS`
 where listed):

@@ -101,9 +101,8 @@ class Ranks:
     """The processes of a run, one for each device or CPU core; a single one needs no launcher.
 
     Every rank draws the randomness of the whole batch, computes its own rows, and the gradients are
-        averaged: the
-    number of ranks changes rounding and nothing else. Launch with `torchrun --nproc-per-node N -m
-    latent_shift ...`.
+    averaged: the number of ranks changes rounding and nothing else. Launch with `torchrun
+    --nproc-per-node N -m latent_shift.training ...`.
     """
 
     def __init__(self, device: torch.device) -> None:
