@@ -1,48 +1,82 @@
-"""diffusers' blocks on the fused operators, by exchanging classes in place.
+"""diffusers' models on the fused operators: :func:`fuse`, :func:`unfuse`, and the shift inside a
+ResNet block.
 
 A block keeps its submodules, parameter names, hooks and adapters; only its class, and that of its
-two norms, changes, so the exchange is free, exact and reversible. The clip length is never stored:
-a block is given frames (B*T, C, H, W) and a time embedding with one row per clip (B, D), and T is
-the quotient.
+norms and activations, changes, so the exchange is free, exact and reversible. The clip length is
+never stored: a shifted block is given frames (B*T, C, H, W) and a time embedding with one row per
+clip (B, D), and T is the quotient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
+import diffusers
+from diffusers import UNet3DConditionModel, UNetSpatioTemporalConditionModel
+from diffusers.models import attention_processor as processors
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
-from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.resnet import ResnetBlock2D, TemporalResnetBlock
 from torch import Tensor, nn
 
 from .. import functional
 from ..modules import ShiftGroupNormSiLU
 from ..spec import Placement, ShiftSpec
+from .fusion import (
+    Describe,
+    Fused,
+    FusionReport,
+    GroupNormSiLU,
+    Plan,
+    Site,
+    Step,
+    exchange,
+    itemsize,
+    left,
+    obstacle,
+    plain_class,
+    plan_norms,
+    plan_shifts,
+    runs_other_forward,
+)
+from .source import fingerprint
+
+__all__ = [
+    "FusionReport",
+    "ShiftResnetBlock2D",
+    "fuse",
+    "fused",
+    "restore_resnet_block",
+    "share_text",
+    "shift_resnet_block",
+    "shifted_channels",
+    "unfuse",
+    "unshare_text",
+]
 
 
-class ShiftResnetBlock2D(ResnetBlock2D):
-    """A diffusers ``ResnetBlock2D`` whose residual branch carries a temporal shift, on fused
-    operators.
+class FusedResnetBlock2D(Fused, ResnetBlock2D):
+    """A diffusers ``ResnetBlock2D`` on fused norms, and with a temporal shift where ``spec`` is
+    given. Its class is given to blocks by exchange; it is never constructed."""
 
-    Made by :func:`shift_resnet_block`, never constructed. ``spec`` is None for a block without a
-    shift, which still runs on the fused norms.
-    """
-
-    spec: ShiftSpec | None
-    placement: Placement
+    plain = ResnetBlock2D
+    spec: ShiftSpec | None = None
+    placement: Placement | None = None
 
     def forward(
-        self, input_tensor: Tensor, temb: Tensor, *args: object, **kwargs: object
+        self, input_tensor: Tensor, temb: Tensor | None = None, *args: object, **kwargs: object
     ) -> Tensor:
         """As ``ResnetBlock2D.forward``.
 
         Args:
             input_tensor: Frames (B*T, C, H, W), channels_last preferred.
-            temb: Time embedding (B, D), one row per clip.
+            temb: Time embedding, one row per clip (B, D), or without a shift also one per frame.
 
         Raises:
-            ValueError: If there is no time embedding to read the number of clips from, or it does
-                not divide the batch.
+            ValueError: If there is a shift and no time embedding to read the number of clips from,
+                or it does not divide the batch.
         """
         num_frames = self._num_frames(input_tensor, temb)
         hidden_states = self.norm1(input_tensor, num_frames)
@@ -75,12 +109,13 @@ class ShiftResnetBlock2D(ResnetBlock2D):
                 num_frames,
                 scale=1.0 / self.output_scale_factor,
             )
-        return (input_tensor + hidden_states) / self.output_scale_factor
+        output = input_tensor + hidden_states
+        return output if self.output_scale_factor == 1 else output / self.output_scale_factor
 
     def _num_frames(self, input_tensor: Tensor, temb: Tensor | None) -> int:
+        if self.spec is None:
+            return 1
         if temb is None:
-            if self.spec is None:
-                return 1
             raise ValueError(
                 "a shifted ResnetBlock2D reads the number of clips from its time embedding, "
                 "got temb=None"
@@ -93,14 +128,254 @@ class ShiftResnetBlock2D(ResnetBlock2D):
             )
         return frames // max(clips, 1) or 1
 
+    @staticmethod
+    def parts(block: ResnetBlock2D) -> tuple[str, int]:
+        """What the class fuses in ``block``, and the elements per pixel that it need not move."""
+        channels1, channels2 = block.norm1.num_channels, block.norm2.num_channels
+        parts, moved = ["norm1 + silu", "norm2 + silu"], 2 * (channels1 + channels2)
+        if block.time_emb_proj is not None:
+            ada = block.time_embedding_norm == "scale_shift"
+            parts[1] = "norm2 + scale, shift + silu" if ada else "temb + norm2 + silu"
+            moved += (4 if ada else 2) * channels2
+        if block.output_scale_factor == 1:
+            # diffusers divides by it all the same
+            moved += 2 * block.conv2.weight.shape[0]
+        if isinstance(block, ShiftResnetBlock2D):
+            parts.append("temporal shift")
+        return ", ".join(parts), moved
+
+
+class ShiftResnetBlock2D(FusedResnetBlock2D):
+    """A diffusers ``ResnetBlock2D`` whose residual branch carries a temporal shift, on fused
+    operators. Made by :func:`shift_resnet_block`, never constructed.
+
+    ``unshifted`` is the class without the shift: ``ResnetBlock2D``, or ``FusedResnetBlock2D`` where
+    the model is fused.
+    """
+
+    unshifted: type[ResnetBlock2D]
+
+
+class FusedTemporalResnetBlock(Fused, TemporalResnetBlock):
+    """Stable Video Diffusion's temporal block on fused norms, for clips (B, C, T, H, W)."""
+
+    plain = TemporalResnetBlock
+
+    def forward(self, input_tensor: Tensor, temb: Tensor) -> Tensor:
+        """As ``TemporalResnetBlock.forward``."""
+        hidden_states = self.conv1(self.norm1(input_tensor))
+        if self.time_emb_proj is not None:
+            # One row per frame, while a norm's statistics run over the clip: added on its own.
+            temb = self.time_emb_proj(self.nonlinearity(temb))
+            hidden_states = hidden_states + temb.transpose(1, 2)[..., None, None]
+        hidden_states = self.conv2(self.dropout(self.norm2(hidden_states)))
+        if self.conv_shortcut is not None:
+            input_tensor = self.conv_shortcut(input_tensor)
+        return input_tensor + hidden_states
+
+    @staticmethod
+    def parts(block: TemporalResnetBlock) -> tuple[str, int]:
+        """As :meth:`FusedResnetBlock2D.parts`."""
+        moved = 2 * (block.norm1.num_channels + block.norm2.num_channels)
+        return "norm1 + silu, norm2 + silu", moved
+
+
+BLOCKS: dict[type[nn.Module], Any] = {
+    ResnetBlock2D: FusedResnetBlock2D,
+    TemporalResnetBlock: FusedTemporalResnetBlock,
+}
+"""Blocks whose forward is replaced. Everything else is found by :func:`fusion.plan_norms`."""
+_BLOCKS = tuple(BLOCKS)
+
+KNOWN_FORWARDS: dict[type[nn.Module], set[str]] = {
+    ResnetBlock2D: {"97e7bc206f6f"},
+    TemporalResnetBlock: {"752528fed93d"},
+    UNet3DConditionModel: {"912d7db58a91"},
+}
+"""Fingerprints of the forwards that this file stands for or relies on, over the supported releases
+of diffusers (0.40 to 0.42)."""
+
+# Processors that treat every query on its own.
+_PROCESSORS = tuple(
+    getattr(processors, name)
+    for name in (
+        "AttnProcessor",
+        "AttnProcessor2_0",
+        "FusedAttnProcessor2_0",
+        "IPAdapterAttnProcessor",
+        "IPAdapterAttnProcessor2_0",
+        "SlicedAttnProcessor",
+        "XFormersAttnProcessor",
+    )
+)
+
+
+def fuse(
+    model: nn.Module,
+    *,
+    shifts: Mapping[type[nn.Module], Describe] | None = None,
+    strict: bool = False,
+) -> FusionReport:
+    """Puts a model on the fused operators, in place: the same parameters, the same results, less
+    memory traffic.
+
+    Fused are the ResNet blocks of diffusers, every GroupNorm directly followed by SiLU in any
+    module, the shift modules that ``shifts`` names, and, where a clip shares its text, the
+    projections of the text. What carries hooks inside, or is not known well enough, is left alone.
+
+    Args:
+        model: Any module tree: ``UNet2DConditionModel``, ``UNet2DModel``, ``UNet3DConditionModel``,
+            ``UNetMotionModel``, ``UNetSpatioTemporalConditionModel``, ControlNets,
+            ``AutoencoderKL``, your own.
+        shifts: Your own shift modules: class -> ``describe(module, channels)``, which returns the
+            :class:`ShiftSpec` and the number of frames of a clip. Such a module takes frames
+            (N*T, C, H, W), shifts them, and hands them to its one child, if it has one.
+        strict: Whether to raise where something would be left.
+
+    Returns:
+        The report, which prints as a table. Fusing twice changes nothing and reports the same.
+
+    Raises:
+        ValueError: If ``strict`` and something would be left; the model is then untouched.
+
+    Example:
+        >>> unet = UNet3DConditionModel.from_pretrained("text-to-video", subfolder="unet")
+        >>> print(fuse(unet))
+    """
+    plan = [*_plan_blocks(model), *plan_shifts(model, shifts or {})]
+    taken = {module for module in model.modules() if isinstance(module, _BLOCKS)}
+    plan += plan_norms(model, taken)
+    order = {name: position for position, (name, _) in enumerate(model.named_modules())}
+    plan.sort(key=lambda entry: order[entry[0].name])
+    text, notes = _plan_text(model)
+    plan += text
+    report = FusionReport(site for site, _ in plan)
+    report.notes = (*_norm_notes(model, plan), *notes)
+    if strict and report.left:
+        reasons = "\n".join(f"  {site.name} ({site.block}): {site.what}" for site in report.left)
+        raise ValueError(f"fuse(strict=True): {len(report.left)} would be left\n{reasons}")
+    _apply([step for _, steps in plan for step in steps])
+    for module in model.modules():
+        if isinstance(module, ShiftResnetBlock2D):
+            module.unshifted = FusedResnetBlock2D
+        elif text and repeats_text(module) and not _text_hooks(module):
+            module.register_forward_pre_hook(_tell_repeats, with_kwargs=True)
+    return report
+
+
+def unfuse(model: nn.Module) -> None:
+    """Takes :func:`fuse` back, in place and exactly; a shift that was inserted stays."""
+    _unfuse(model, model.modules())
+
+
+@contextlib.contextmanager
+def fused(
+    model: nn.Module,
+    *,
+    shifts: Mapping[type[nn.Module], Describe] | None = None,
+    strict: bool = False,
+) -> Iterator[FusionReport]:
+    """:func:`fuse` for the length of a ``with`` block; what was fused before stays so after it."""
+    before = {module for module in model.modules() if _is_fused(module)}
+    report = fuse(model, shifts=shifts, strict=strict)
+    try:
+        yield report
+    finally:
+        _unfuse(model, (module for module in model.modules() if module not in before))
+
+
+def _plan_blocks(model: nn.Module) -> Plan:
+    block: Any
+    for name, block in model.named_modules():
+        if not isinstance(block, _BLOCKS):
+            continue
+        kind = plain_class(block)
+        why = refusal(block)
+        if why:
+            yield left(name, kind.__name__, why)
+            continue
+        cls = BLOCKS[kind]
+        parts, moved = cls.parts(block)
+        steps: Any = ()
+        if not isinstance(block, ShiftResnetBlock2D):
+            steps = (block, cls), (block.norm1, GroupNormSiLU), (block.norm2, GroupNormSiLU)
+        yield Site(name, kind.__name__, True, parts, moved * itemsize(block)), steps
+
+
+def refusal(block: Any) -> str | None:
+    """Why the forward of ``block`` cannot be replaced, if it cannot."""
+    if isinstance(block, ShiftResnetBlock2D):
+        return None
+    kind = plain_class(block)
+    if kind not in BLOCKS:
+        return f"a subclass of {kind.__mro__[1].__name__}, with a forward of its own"
+    if runs_other_forward(block):
+        return "its forward was replaced"
+    return (
+        _unknown_forward(kind)
+        or obstacle("nonlinearity", block.nonlinearity, nn.SiLU)
+        or obstacle("norm1", block.norm1, nn.GroupNorm)
+        or obstacle("norm2", block.norm2, nn.GroupNorm)
+    )
+
+
+def _unknown_forward(kind: Any) -> str | None:
+    if fingerprint(kind.forward) in KNOWN_FORWARDS[kind]:
+        return None
+    return (
+        f"{kind.__name__}.forward of diffusers {diffusers.__version__} is not known to this "
+        "release of latent-shift: update it"
+    )
+
+
+def _norm_notes(model: nn.Module, plan: list) -> Iterator[str]:
+    planned = {module for _, steps in plan for module, _ in steps}
+    alone = [
+        module
+        for module in model.modules()
+        if plain_class(module) is nn.GroupNorm and module not in planned
+    ]
+    if alone:
+        yield f"{len(alone)} GroupNorms as they were: left above, or not followed by SiLU"
+
+
+def _apply(steps: Iterable[Step]) -> None:
+    """All exchanges or none."""
+    done: list[Step] = []
+    try:
+        for module, cls in steps:
+            if type(module) is not cls:
+                done.append((module, type(module)))
+                exchange(module, cls)
+    except BaseException:
+        for module, cls in reversed(done):
+            exchange(module, cls)
+        raise
+
+
+def _is_fused(module: nn.Module) -> bool:
+    if isinstance(module, ShiftResnetBlock2D):
+        return issubclass(module.unshifted, Fused)
+    return isinstance(module, Fused)
+
+
+def _unfuse(model: nn.Module, modules: Iterable[nn.Module]) -> None:
+    for module in list(modules):
+        if isinstance(module, ShiftResnetBlock2D):
+            module.unshifted = ResnetBlock2D
+        elif isinstance(module, Fused):
+            exchange(module, module.plain)
+    unshare_text(model)
+
 
 class ClipCrossAttention(Attention):
     """A diffusers ``Attention`` that reads the text once per clip: queries (B*T, S, C), text (B, L,
     D).
 
     The frames of a clip attend as one sequence (B, T*S, C), which is the same sum for every query,
-    so keys and values are projected once per clip and the text is never copied per frame. Works
-    under any attention processor. Made by :func:`share_text`, never constructed.
+    so keys and values are projected once per clip and the text is never copied per frame. Under a
+    processor that may look at more than one query at a time, the text is repeated instead. Made by
+    :func:`share_text`, never constructed.
     """
 
     def forward(
@@ -108,23 +383,72 @@ class ClipCrossAttention(Attention):
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | tuple | None = None,
         attention_mask: Tensor | None = None,
-        **cross_attention_kwargs: object,
+        *,
+        frames_per_text: int = 1,
+        **cross_attention_kwargs: Any,
     ) -> Tensor:
-        """As ``Attention.forward``, with B dividing the batch of ``hidden_states``."""
-        text = encoder_hidden_states
+        """As ``Attention.forward``, with B dividing the batch of ``hidden_states``.
+
+        Args:
+            frames_per_text: How often each row of the text was repeated by the model.
+        """
+        text, frames = encoder_hidden_states, hidden_states.shape[0]
+        by_query = isinstance(self.processor, _PROCESSORS) and not cross_attention_kwargs.get(
+            "ip_adapter_masks"
+        )
+        if isinstance(text, Tensor) and frames_per_text > 1 and attention_mask is None and by_query:
+            text = text[::frames_per_text]
         # IP-Adapter hands over (text, image embeddings).
-        clips = (
-            (text[0] if isinstance(text, tuple) else text).shape[0] if text is not None else None
-        )
-        frames = hidden_states.shape[0]
-        if clips is not None and clips != frames:
-            hidden_states = hidden_states.reshape(clips, -1, hidden_states.shape[-1])
-        output = super().forward(
-            hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs
-        )
-        if clips is not None and clips != frames:
-            output = output.reshape(frames, -1, output.shape[-1])
-        return output
+        rows = frames if text is None else (text[0] if isinstance(text, tuple) else text).shape[0]
+        if rows != frames and by_query:
+            hidden_states = hidden_states.reshape(rows, -1, hidden_states.shape[-1])
+        elif rows != frames:
+            text, attention_mask = _repeat((text, attention_mask), frames // rows)
+        output = super().forward(hidden_states, text, attention_mask, **cross_attention_kwargs)
+        return output.reshape(frames, -1, output.shape[-1])
+
+
+def _repeat(rows: Any, count: int) -> Any:
+    if isinstance(rows, Tensor):
+        return rows.repeat_interleave(count, dim=0)
+    return rows if rows is None else type(rows)(_repeat(row, count) for row in rows)
+
+
+def _plan_text(model: nn.Module) -> tuple[list, list[str]]:
+    attentions = list(_attentions(model))
+    cross = sum(attention.is_cross_attention for attention in attentions)
+    if not cross:
+        return [], []
+    if any(isinstance(module, UNetSpatioTemporalConditionModel) for module in model.modules()):
+        why = "UNetSpatioTemporalConditionModel repeats its context inside and tells no one"
+        return [], [f"keys and values of the context are projected once per frame: {why}"]
+    name, what = f"{cross} cross-attentions", "keys and values once per row of the text"
+    for module in model.modules():
+        if isinstance(module, UNet3DConditionModel):
+            if unknown := _unknown_forward(UNet3DConditionModel):
+                return [left(name, "Attention", unknown)], []
+            what = "keys and values once per clip"
+    steps = tuple((attention, ClipCrossAttention) for attention in attentions)
+    return [(Site(name, "Attention", True, what), steps)], []
+
+
+def repeats_text(module: nn.Module) -> bool:
+    """Whether ``module`` is a model that repeats the text for every frame inside."""
+    return type(module) is UNet3DConditionModel
+
+
+def _tell_repeats(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+    """Lets the cross-attentions of a model that repeats the text know how often."""
+    sample = args[0] if args else kwargs["sample"]
+    # The seventh positional argument would be these.
+    if len(args) > 6:
+        return args, kwargs
+    told = {**(kwargs.get("cross_attention_kwargs") or {}), "frames_per_text": sample.shape[2]}
+    return args, {**kwargs, "cross_attention_kwargs": told}
+
+
+def _text_hooks(module: nn.Module) -> list[int]:
+    return [key for key, hook in module._forward_pre_hooks.items() if hook is _tell_repeats]
 
 
 def shift_resnet_block(
@@ -148,23 +472,24 @@ def shift_resnet_block(
         TypeError: If ``block`` is not a ``ResnetBlock2D`` (or is one already exchanged).
         ValueError: If its activation is not SiLU, or ``spec`` is for another channel count.
     """
-    if type(block) is not ResnetBlock2D:
+    if type(block) not in (ResnetBlock2D, FusedResnetBlock2D):
         raise TypeError(f"expected a diffusers ResnetBlock2D, got {type(block).__name__}")
-    if not isinstance(block.nonlinearity, nn.SiLU):
-        raise ValueError(f"the fused norm applies SiLU, this block has {block.nonlinearity}")
+    if why := refusal(block):
+        raise ValueError(f"this ResnetBlock2D cannot be put on the fused operators: {why}")
     placement = Placement(placement)
     if spec is not None and spec.channels != shifted_channels(block, placement):
         raise ValueError(
             f"spec is for {spec.channels} channels, at {placement.value} this block has "
             f"{shifted_channels(block, placement)}"
         )
-    block.__class__ = ShiftResnetBlock2D
-    block.spec, block.placement = spec, placement
+    unshifted = type(block)
+    exchange(block, ShiftResnetBlock2D)
+    block.unshifted, block.spec, block.placement = unshifted, spec, placement
     for norm, at in (
         (block.norm1, {Placement.BLOCK_INPUT: "before", Placement.CONV1_INPUT: "after"}),
         (block.norm2, {Placement.CONV1_OUTPUT: "before"}),
     ):
-        norm.__class__ = ShiftGroupNormSiLU
+        exchange(norm, ShiftGroupNormSiLU)
         norm.spec = spec if placement in at else None
         norm.shift = at.get(placement, "before")
         norm.num_frames = None
@@ -173,10 +498,11 @@ def shift_resnet_block(
 
 def restore_resnet_block(block: ShiftResnetBlock2D) -> ResnetBlock2D:
     """Takes :func:`shift_resnet_block` back, in place."""
-    block.__class__ = ResnetBlock2D
-    del block.spec, block.placement
+    unshifted = block.unshifted
+    exchange(block, unshifted)
+    del block.unshifted, block.spec, block.placement
     for norm in (block.norm1, block.norm2):
-        norm.__class__ = nn.GroupNorm
+        exchange(norm, GroupNormSiLU if unshifted is FusedResnetBlock2D else nn.GroupNorm)
         del norm.spec, norm.shift, norm.num_frames
     return block
 
@@ -186,7 +512,7 @@ def shifted_channels(block: ResnetBlock2D, placement: Placement) -> int:
     if placement in (Placement.BLOCK_INPUT, Placement.CONV1_INPUT):
         return block.norm1.num_channels
     return (
-        block.conv2.out_channels
+        block.conv2.weight.shape[0]
         if placement is Placement.BRANCH_OUTPUT
         else block.norm2.num_channels
     )
@@ -195,19 +521,23 @@ def shifted_channels(block: ResnetBlock2D, placement: Placement) -> int:
 def share_text(model: nn.Module) -> None:
     """Lets every cross-attention of ``model`` take text (B, L, D) for frames (B*T, ...), in
     place."""
-    for attention in _cross_attentions(model, Attention):
-        attention.__class__ = ClipCrossAttention
+    _apply((attention, ClipCrossAttention) for attention in _attentions(model))
 
 
 def unshare_text(model: nn.Module) -> None:
-    """Takes :func:`share_text` back, in place."""
-    for attention in _cross_attentions(model, ClipCrossAttention):
-        attention.__class__ = Attention
+    """Takes :func:`share_text` back, in place, once nothing in ``model`` is fused or shifted any
+    more."""
+    if any(isinstance(module, Fused) for module in model.modules()):
+        return
+    _apply((attention, Attention) for attention in _attentions(model))
+    for module in model.modules():
+        for key in _text_hooks(module):
+            del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
 
 
-def _cross_attentions(model: nn.Module, kind: type[Attention]) -> Iterator[Attention]:
+def _attentions(model: nn.Module) -> Iterator[Attention]:
     for block in model.modules():
         if isinstance(block, BasicTransformerBlock):
             for attention in (block.attn1, block.attn2):
-                if type(attention) is kind:
+                if type(attention) in (Attention, ClipCrossAttention):
                     yield attention
