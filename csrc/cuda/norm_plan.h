@@ -46,6 +46,7 @@ struct NormNeeds {
   int sums;         // sums per channel that are reduced at a time
   int per_channel;  // numbers
   int per_group;
+  int threads_per_sm;  // that the registers allow
 };
 
 struct NormPlan {
@@ -112,19 +113,21 @@ inline void place_shared(NormPlan& plan, const NormShape& shape, const NormNeeds
 // The time a plan takes, as bytes that pass through the busiest multiprocessor.
 inline double norm_cost(const NormPlan& plan, const NormShape& shape, const NormNeeds& needs,
                         const Limits& limits) {
-  constexpr double kBlockBytes = 2048;         // a block's start, as traffic
-  constexpr double kClusterBytes = 2048;       // its barriers
-  constexpr double kLaunchBytes = 64 << 10;    // 2 us at 33 GB/s, what an H200 moves per SM in 1 us
-  constexpr int kThreadsPerSM = 640;           // at the kernels' 96 registers
-  constexpr double kSharedPass = 0.15;         // two sweeps of shared memory against one of DRAM
+  constexpr double kBlockBytes = 2048;       // a block's start, as traffic
+  constexpr double kClusterBytes = 2048;     // its barriers
+  constexpr double kLaunchBytes = 64 << 10;  // 2 us at 33 GB/s, what an H200 moves per SM in 1 us
+  constexpr double kSharedPass = 0.15;       // two sweeps of shared memory against one of DRAM
   const NormTiling& t = plan.tiling;
   const double bytes = double{1} * t.slab_bytes * needs.slabs;
   // a row that ends inside a sector reads its neighbour's part too
   const int64_t row = int64_t{t.tile_c} * plan.vector * size_of(shape.dtype);
   const double sectors = t.channels_last && row % 32 ? 1 + 16.0 / static_cast<double>(row) : 1;
-  const double per_sm = static_cast<double>(ceil_div<int64_t>(plan.blocks(shape.frames), limits.num_sms));
-  const auto by_shared = static_cast<double>((limits.shared_per_block + 1024) / (plan.shared + 1024));
-  const double resident = std::min(by_shared, double{kThreadsPerSM} / plan.threads);
+  const double per_sm =
+      static_cast<double>(ceil_div<int64_t>(plan.blocks(shape.frames), limits.num_sms));
+  const auto by_shared =
+      static_cast<double>((limits.shared_per_block + 1024) / (plan.shared + 1024));
+  const double resident =
+      std::min(by_shared, static_cast<double>(needs.threads_per_sm) / plan.threads);
   // sums hide behind the traffic of other blocks, except in the first that run together
   const double exposed = resident >= 2 ? std::min(per_sm, std::floor(resident)) : per_sm;
   double cost = per_sm * (bytes * sectors + kBlockBytes) + kSharedPass * exposed * bytes;
@@ -172,7 +175,8 @@ inline NormPlan plan_norm(const NormShape& shape, const NormNeeds& needs, const 
     const auto consider_span = [&](int64_t span) {
       const int64_t units_c = span * group / unit_c, units_p = shape.pixels / unit_p;
       for (int cluster = 1; cluster <= (limits.arch >= 90 ? 8 : 1); cluster *= 2)
-        if (cluster <= units_p) consider(span, units_c, ceil_div<int64_t>(units_p, cluster), cluster);
+        if (cluster <= units_p)
+          consider(span, units_c, ceil_div<int64_t>(units_p, cluster), cluster);
       // tiles of whole rows of a span, or parts of the one group
       const int64_t row = shape.channels_last ? 1 : std::min<int64_t>(units_p, 8);
       for (int64_t units = kSplitBytes / (int64_t{vector} * size * needs.slabs); units > 0;

@@ -111,9 +111,7 @@ struct NormTile {
     return lane_c < units_c ? (units_c - lane_c + lanes_c - 1) / lanes_c : 0;
   }
   LS_DEVICE int32_t slot(int32_t c, int32_t p) const { return (c * slot_c + p * slot_p) * kVector; }
-  LS_DEVICE uint32_t at(int32_t c, int32_t p) const {
-    return offset + c * stride_c + p * stride_p;
-  }
+  LS_DEVICE uint32_t at(int32_t c, int32_t p) const { return offset + c * stride_c + p * stride_p; }
   LS_DEVICE int32_t channel(int32_t c) const { return first_channel + c * kChannels; }
 };
 

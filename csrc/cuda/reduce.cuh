@@ -29,8 +29,7 @@ LS_DEVICE void put_partials(A* scratch, const NormTile<kChannels, kPixels>& tile
   }
   if (!active) return;
 #pragma unroll
-  for (int j = 0; j < kChannels; ++j)
-    scratch[row * tile.channels + c * kChannels + j] = values[j];
+  for (int j = 0; j < kChannels; ++j) scratch[row * tile.channels + c * kChannels + j] = values[j];
 }
 
 // The sum of a channel of the tile over the rows of scratch.

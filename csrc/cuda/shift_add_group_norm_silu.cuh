@@ -11,8 +11,8 @@
 // shift of x is the frame it is loaded from, a shift of y the frame it is stored to. Where no slab
 // fits: partial moments of tiles, their merge, and a second read.
 //
-// Numerics: fp32 (fp64); the variance is of centred values; every order of summation is fixed, no
-// atomics.
+// Numerics: fp32 (fp64); the variance is of centred values, whose own mean corrects the mean, so that
+// a constant group has exactly its value for mean; every order of summation is fixed, no atomics.
 #pragma once
 
 #include "reduce.cuh"
@@ -21,7 +21,7 @@ namespace latent_shift::cuda {
 
 enum class NormStage : int32_t { kWhole, kPartial, kApply };
 
-constexpr NormNeeds kNormForwardNeeds{1, 1, 3, 4};
+constexpr NormNeeds kNormForwardNeeds{1, 2, 3, 5, 640};
 
 struct NormArgs {
   NormShape shape;
@@ -64,13 +64,13 @@ __global__ void __launch_bounds__(kNormThreads, 1)
   Carver shared{ptx::dynamic_shared()};
   Route& route = *shared.take_constant<Route>();
   T* slab = reinterpret_cast<T*>(shared.take<unsigned char>(p.tiling.slab_bytes));
-  A* scratch = shared.take<A>(rows * tile.channels);
+  A* scratch = shared.take<A>(2 * rows * tile.channels);
   A* added = shared.take<A>(tile.channels);
   A* factor = shared.take<A>(tile.channels);
   A* term = shared.take<A>(tile.channels);
   A* mean = shared.take<A>(tile.groups);
   A* rstd = shared.take<A>(tile.groups);
-  A* exchange = shared.take<A>(2 * tile.groups);
+  A* exchange = shared.take<A>(3 * tile.groups);
 
   const T* x = static_cast<const T*>(p.x);
   if (threadIdx.x == 0) {
@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(kNormThreads, 1)
     sum_groups<1>(scratch, 0, rows, tile, group_channels, p.tiling.cluster, exchange,
                   [&](int32_t g, const A(&sum)[1]) { mean[g] = sum[0] / count; });
     for_units_c(tile, [&](int32_t c, bool active) {
-      A squares[kChannels] = {};
+      A squares[kChannels] = {}, offs[kChannels] = {};
       if (active) {
         A centre[kChannels];
 #pragma unroll
@@ -185,17 +185,22 @@ __global__ void __launch_bounds__(kNormThreads, 1)
           widen(load<T, N>(slab + tile.slot(c, i)), u);
 #pragma unroll
           for (int j = 0; j < N; ++j) {
-            const A off = u[j] - centre[kChannels == 1 ? 0 : j];
-            squares[kChannels == 1 ? 0 : j] += off * off;
+            const int k = kChannels == 1 ? 0 : j;
+            const A off = u[j] - centre[k];
+            offs[k] += off;
+            squares[k] += off * off;
           }
         }
       }
       put_partials(scratch, tile, c, active, squares);
+      put_partials(scratch + rows * tile.channels, tile, c, active, offs);
     });
     const A eps = static_cast<A>(p.eps);
-    sum_groups<1>(scratch, 0, rows, tile, group_channels, p.tiling.cluster,
-                  exchange + tile.groups, [&](int32_t g, const A(&sum)[1]) {
-                    rstd[g] = whole ? 1 / sqrt(sum[0] / count + eps) : sum[0];
+    sum_groups<2>(scratch, rows * tile.channels, rows, tile, group_channels, p.tiling.cluster,
+                  exchange + tile.groups, [&](int32_t g, const A(&sum)[2]) {
+                    const A off = sum[1] / count, squares = sum[0] - sum[1] * off;
+                    mean[g] += off;
+                    rstd[g] = whole ? 1 / sqrt((squares < 0 ? 0 : squares) / count + eps) : squares;
                   });
     if (p.tiling.cluster > 1) ptx::cluster_arrive();  // the last read of another block's sums
     if (!whole) {
@@ -266,15 +271,16 @@ __global__ void __launch_bounds__(kMergeThreads)
   const auto count_of = [&](int32_t tile) {
     const int32_t tile_c = tile / t.tiles_p, tile_p = tile - tile_c * t.tiles_p;
     const int32_t channels =
-        t.tiles_c == 1 ? p.sizes.group_channels
-                       : min(t.tile_c, p.sizes.group_channels / unit_c - tile_c * t.tile_c) * unit_c;
+        t.tiles_c == 1
+            ? p.sizes.group_channels
+            : min(t.tile_c, p.sizes.group_channels / unit_c - tile_c * t.tile_c) * unit_c;
     return A(channels) * A(min(t.tile_p, t.units_p - tile_p * t.tile_p) * unit_p);
   };
+  const A count = A(p.sizes.group_channels) * A(p.sizes.pixels), first = moments[0];
   A sum = 0;
   for (int32_t tile = lane; tile < tiles; tile += 32)
-    sum += count_of(tile) * moments[2 * int64_t{tile} * p.sizes.groups];
-  const A count = A(p.sizes.group_channels) * A(p.sizes.pixels);
-  const A mean = warp_sum(sum, 32) / count;
+    sum += count_of(tile) * (moments[2 * int64_t{tile} * p.sizes.groups] - first);
+  const A mean = first + warp_sum(sum, 32) / count;
   A squares = 0;
   for (int32_t tile = lane; tile < tiles; tile += 32) {
     const A off = moments[2 * int64_t{tile} * p.sizes.groups] - mean;
@@ -283,7 +289,8 @@ __global__ void __launch_bounds__(kMergeThreads)
   squares = warp_sum(squares, 32);
   if (lane == 0) {
     static_cast<A*>(p.mean)[statistic] = mean;
-    static_cast<A*>(p.rstd)[statistic] = 1 / sqrt(squares / count + static_cast<A>(p.eps));
+    static_cast<A*>(p.rstd)[statistic] =
+        1 / sqrt((squares < 0 ? 0 : squares) / count + static_cast<A>(p.eps));
   }
 }
 
@@ -321,7 +328,8 @@ void launch_norm(Launcher& launcher, const NormArgs& args, const NormPlan& plan)
       grid_of(plan.blocks(shape.frames), plan.threads, plan.tiling.cluster, plan.shared);
   launcher.template launch<kernel>(grid, params);
   if (!plan.split) return;
-  const MergeParams merge{plan.tiling, params.sizes, args.eps, args.workspace, args.mean, args.rstd};
+  const MergeParams merge{plan.tiling,    params.sizes, args.eps,
+                          args.workspace, args.mean,    args.rstd};
   const int64_t warps = shape.frames * shape.groups;
   launcher.template launch<merge_moments_kernel<acc_t<T>>>(
       grid_of(ceil_div<int64_t>(warps, kMergeThreads / 32), kMergeThreads), merge);

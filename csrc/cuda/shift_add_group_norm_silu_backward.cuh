@@ -19,7 +19,7 @@
 
 namespace latent_shift::cuda {
 
-constexpr NormNeeds kNormBackwardNeeds{2, 2, 5, 6};
+constexpr NormNeeds kNormBackwardNeeds{2, 2, 5, 6, 512};
 
 struct NormGradient {
   void* data = nullptr;  // null where the parameter is absent
@@ -82,8 +82,8 @@ __global__ void __launch_bounds__(kNormThreads, 1)
   A* channel_sums = shared.take<A>(2 * tile.channels);
   A* mean = shared.take<A>(tile.groups);
   A* rstd = shared.take<A>(tile.groups);
-  A* mean_dxhat = shared.take<A>(tile.groups);        // times rstd
-  A* mean_dxhat_xhat = shared.take<A>(tile.groups);   // times rstd^2
+  A* mean_dxhat = shared.take<A>(tile.groups);       // times rstd
+  A* mean_dxhat_xhat = shared.take<A>(tile.groups);  // times rstd^2
   A* exchange = shared.take<A>(2 * tile.groups);
 
   const T *x = static_cast<const T*>(p.x), *dy = static_cast<const T*>(p.dy);
@@ -219,8 +219,8 @@ __global__ void __launch_bounds__(kNormThreads, 1)
         first_mean[j] = mean_dxhat[g];
         second_mean[j] = mean_dxhat_xhat[g];
       }
-      const UnitStore<T, kChannels, kPixels> store_moved(route.moved, sizes.slices,
-                                                         tile.channel(c), p.moved != nullptr);
+      const UnitStore<T, kChannels, kPixels> store_moved(route.moved, sizes.slices, tile.channel(c),
+                                                         p.moved != nullptr);
       constexpr int kBatch = 4;  // vectors of dsum in flight
       for (int32_t first = tile.lane_p; first < tile.units_p; first += kBatch * tile.lanes_p) {
         Vec<T, N> upstream[kBatch];
@@ -299,7 +299,7 @@ struct NormParameterParams {
   const void *channel_sums, *ds_sums;
 };
 
-constexpr int kParameterRows = 16;
+constexpr int kParameterRows = 8;
 
 template <class A>
 __global__ void __launch_bounds__(32 * kParameterRows)
@@ -387,8 +387,8 @@ struct NormBackwardWorkspace {
 
   NormBackwardWorkspace(const NormBackwardArgs& args, const NormPlan& plan) {
     const int64_t rows = args.shape.frames * plan.tiles();
-    const bool summed = args.dweight.data || args.dbias.data || args.dada_scale.data ||
-                        args.dada_shift.data;
+    const bool summed =
+        args.dweight.data || args.dbias.data || args.dada_scale.data || args.dada_shift.data;
     channel_sums = summed ? 2 * rows * args.shape.channels : 0;
     ds_sums = args.dtemb.data ? rows * args.shape.channels : 0;
     group_sums = plan.split ? 2 * rows * args.shape.groups : 0;
@@ -468,14 +468,13 @@ void launch_norm_backward(Launcher& launcher, const NormBackwardArgs& args, cons
   if (shifts_last(args)) {
     const FlatShape flat{args.shift, shape.channels_last, shape.frames, shape.channels,
                          shape.pixels};
-    temporal_shift(launcher,
-                   {flat, shape.dtype, size_of(shape.dtype), true, params.own, args.dx});
+    temporal_shift(launcher, {flat, shape.dtype, size_of(shape.dtype), true, params.own, args.dx});
   }
   if (!params.channel_sums && !params.ds_sums) return;
-  const NormParameterParams parameters{shape.frames,       plan.tiles(),      shape.channels,
-                                       args.tables.weight, args.tables.bias,  args.tables.ada_scale,
-                                       args.dtemb,         args.dweight,      args.dbias,
-                                       args.dada_scale,    args.dada_shift,   params.channel_sums,
+  const NormParameterParams parameters{shape.frames,       plan.tiles(),     shape.channels,
+                                       args.tables.weight, args.tables.bias, args.tables.ada_scale,
+                                       args.dtemb,         args.dweight,     args.dbias,
+                                       args.dada_scale,    args.dada_shift,  params.channel_sums,
                                        params.ds_sums};
   int64_t jobs = 1;
   for (const NormGradient* table : {&args.dtemb, &args.dada_scale, &args.dada_shift})
