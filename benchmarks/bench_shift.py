@@ -133,7 +133,7 @@ def tsm_shift(x: Tensor, spec: ShiftSpec) -> Tensor:
 def true_shift(x: Tensor, spec: ShiftSpec) -> Tensor:
     """The reference's shift."""
     return reference.temporal_shift(
-        x, CLIP_FRAMES, spec.sizes, spec.offsets(CLIP_FRAMES), spec.boundary
+        x, None, CLIP_FRAMES, spec.sizes, spec.offsets(CLIP_FRAMES), spec.boundary
     )
 
 
