@@ -1,18 +1,20 @@
-"""Builds latent_shift_host: the CUDA kernels compiled for the host, and the executor that runs them.
+"""Builds latent_shift_host: CUDA kernels compiled for the host, and the executor that runs them.
 
-``python -m tests.host.build`` builds and says what did not compile; the tests build on first use. Every
-file is compiled again only when it, a header it includes, or the compiler has changed.
+``python -m tests.host.build`` builds all of it, or with the stems of binding files those only, and
+says what did not compile; the tests build on first use. A file is compiled again only when it, a
+header it includes, or the compiler has changed.
 """
 
 import fcntl
 import hashlib
 import importlib.util
-import os
 import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +23,8 @@ from types import ModuleType
 HERE = Path(__file__).parent
 BUILD = HERE.parents[1] / "build" / "host"
 JOBS = 2
+# Another process may be about to load an older module.
+KEEP_SECONDS = 3600
 # GCC's instrumentation alone; the executor defines what it calls.
 COMMON = ["-std=c++17", "-fPIC", "-g1", "-Wall", "-Wextra", "-fvisibility=hidden"]
 EXECUTOR = [*COMMON, "-O3"]
@@ -56,9 +60,9 @@ class CompileError(RuntimeError):
 
 @contextmanager
 def locked(path: Path):
-    """One process builds, the others wait."""
+    """One process makes what a file names, the others wait."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as lock:
+    with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -90,29 +94,34 @@ def compile_file(source: Path, compiler: str) -> Path:
     kernels = source.name != "executor.cpp"
     flags = [*KERNELS, *(f"-fno-builtin-{copy}" for copy in COPIES)] if kernels else EXECUTOR
     includes = [HERE / "include", pybind11.get_include(), sysconfig.get_paths()["include"]]
-    target, depends = BUILD / f"{source.stem}.o", BUILD / f"{source.stem}.d"
-    stamp = BUILD / f"{source.stem}.key"
-    fresh = BUILD / f"{source.stem}.new.o"
+    target, depends, stamp, fresh = (
+        BUILD / f"{source.stem}.{suffix}" for suffix in ("o", "d", "key", "new.o")
+    )
     command = ["g++", *flags, *(f"-I{i}" for i in includes), "-MMD", "-MF", str(depends)]
     command += ["-c", str(source), "-o", str(fresh)]
     identity = [compiler, *command]
-    key = digest(identity, depends)
-    if key is not None and target.exists() and stamp.exists() and stamp.read_text() == key:
-        return target
-    run(command)
-    if kernels:
-        renamed = [f"--redefine-sym={copy}=ls_{copy}" for copy in COPIES]
-        run(["objcopy", *renamed, str(fresh)])
-    fresh.replace(target)
-    stamp.write_text(digest(identity, depends) or "")
+    with locked(target):
+        key = digest(identity, depends)
+        if key is not None and target.exists() and stamp.exists() and stamp.read_text() == key:
+            return target
+        run(command)
+        if kernels:
+            run(["objcopy", *(f"--redefine-sym={copy}=ls_{copy}" for copy in COPIES), str(fresh)])
+        fresh.replace(target)
+        stamp.write_text(digest(identity, depends) or "")
     return target
 
 
-def build() -> tuple[Path, dict[str, str]]:
-    """The module's path, and the compiler's words on bindings that it had to leave out."""
+def build(only: Sequence[str] | None = None) -> tuple[Path, dict[str, str]]:
+    """The module's path, and the compiler's words on bindings that it had to leave out.
+
+    ``only`` names the bindings that are wanted, by the stems of their files.
+    """
     compiler = subprocess.run(["g++", "--version"], capture_output=True, text=True).stdout
     required = [HERE / "executor.cpp", HERE / "module.cpp"]
-    bindings = sorted([*HERE.glob("bind_*.cpp"), HERE / "faults.cpp", HERE / "features.cpp"])
+    bindings = [*HERE.glob("bind_*.cpp"), HERE / "faults.cpp", HERE / "features.cpp"]
+    if only is not None:
+        bindings = [source for source in bindings if source.stem in only]
     left_out: dict[str, str] = {}
 
     def attempt(source: Path) -> Path | None:
@@ -124,21 +133,20 @@ def build() -> tuple[Path, dict[str, str]]:
             left_out[source.name] = str(error)
             return None
 
-    with locked(BUILD / "lock"), ThreadPoolExecutor(JOBS) as pool:
+    with ThreadPoolExecutor(JOBS) as pool:
         # the slow ones first
         order = sorted([*required, *bindings], key=lambda source: -source.stat().st_size)
         objects = sorted(o for o in pool.map(attempt, order) if o is not None)
-        keys = "".join(o.with_suffix(".key").read_text() for o in objects)
-        folder = BUILD / hashlib.sha256(keys.encode()).hexdigest()[:16]
-        library = folder / "latent_shift_host.so"
+    keys = "".join(o.with_suffix(".key").read_text() for o in objects)
+    library = BUILD / hashlib.sha256(keys.encode()).hexdigest()[:16] / "latent_shift_host.so"
+    with locked(library):
         if not library.exists():
-            for old in BUILD.glob("*/latent_shift_host.so"):
-                shutil.rmtree(old.parent)
-            folder.mkdir(parents=True, exist_ok=True)
-            # processes that wait for the lock must find all of it or nothing
-            part = folder / f"part{os.getpid()}"
+            part = library.with_suffix(".part")
             run(["g++", "-shared", *map(str, objects), "-o", str(part)])
             part.replace(library)
+            for old in BUILD.glob("*/latent_shift_host.so"):
+                if old.stat().st_mtime < time.time() - KEEP_SECONDS:
+                    shutil.rmtree(old.parent)
     return library, left_out
 
 
@@ -155,9 +163,9 @@ class HostModule(ModuleType):
             raise AttributeError(f"latent_shift_host has no {name!r}\n{said[:8000]}") from None
 
 
-def load() -> HostModule:
+def load(only: Sequence[str] | None = None) -> HostModule:
     """The module, built if it must be."""
-    library, left_out = build()
+    library, left_out = build(only)
     spec = importlib.util.spec_from_file_location("latent_shift_host", library)
     assert spec is not None and spec.loader is not None
     loaded = importlib.util.module_from_spec(spec)
@@ -168,7 +176,7 @@ def load() -> HostModule:
 
 
 if __name__ == "__main__":
-    path, missing = build()
+    path, missing = build(sys.argv[1:] or None)
     for source, text in missing.items():
         print(f"{source} did not compile:\n{text}", file=sys.stderr)
     print(path)

@@ -15,9 +15,9 @@ GUARD_BYTE = 0xA5
 class HostDevice:
     """Registers buffers with the executor for the length of a ``with`` block.
 
-    Accesses outside them, writes to inputs, races and every other misuse raise ``KernelError``; so do
-    guard zones around outputs that do not hold what they held when the block ends. ``races=False`` is
-    several times faster, and leaves out races, the order of asynchronous accesses and preemption.
+    Accesses outside them, writes to inputs, races and every other misuse raise ``KernelError``; so
+    do guard zones around outputs that have changed when the block ends. ``races=False`` is several
+    times faster, and leaves out races, the order of asynchronous accesses and preemption.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class HostDevice:
         offset: int = 0,
         name: str = "output",
     ) -> torch.Tensor:
-        """A tensor of NaN (-1 for integers) with guard zones on both sides, which kernels may write.
+        """A tensor of NaN (-1 for integers) between guard zones, which kernels may write.
 
         ``offset`` moves it by so many elements from a 256-byte boundary.
         """
