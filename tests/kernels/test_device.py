@@ -1,0 +1,169 @@
+"""What only a GPU can show: streams, captured graphs, a hundred equal runs, 2^31 elements, memory.
+
+The matrix of tests/kernels/test_operators.py runs there too, with LATENT_SHIFT_TEST_DEVICE=cuda.
+"""
+
+import threading
+
+import pytest
+import torch
+from torch import Tensor
+
+import latent_shift_kernels as lsk
+from latent_shift_kernels import ShiftSpec, reference
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+CHANNELS, FRAMES = 320, 8
+SPEC = ShiftSpec.latent_shift(CHANNELS)
+
+
+def batch(layout: torch.memory_format = torch.channels_last, dtype=torch.bfloat16) -> Tensor:
+    x = torch.randn(2 * FRAMES, CHANNELS, 32, 32, device="cuda", dtype=dtype)
+    return x.contiguous(memory_format=layout)
+
+
+def block(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both joins of a ResNet block."""
+    y, total = lsk.shift_add_group_norm_silu(
+        x, weight, None, 32, spec=SPEC, num_frames=FRAMES, residual=residual
+    )
+    return lsk.shift_add(total, lsk.temporal_shift(y, SPEC, FRAMES), SPEC, FRAMES), y
+
+
+def gradients(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    leaves = [t.detach().requires_grad_() for t in (x, residual, weight)]
+    out, y = block(*leaves)
+    return out, *torch.autograd.grad((out, y), leaves, (residual, x))
+
+
+@pytest.fixture
+def arguments() -> tuple[Tensor, Tensor, Tensor]:
+    return batch(), batch(), torch.randn(CHANNELS, device="cuda")
+
+
+def test_a_captured_graph_follows_changed_inputs(arguments):
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        block(*arguments)  # every lazy initialisation before the capture
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = block(*arguments)
+    for _ in range(3):
+        for argument in arguments:
+            argument.copy_(torch.randn_like(argument))
+        graph.replay()
+        for got, expected in zip(captured, block(*arguments), strict=True):
+            assert torch.equal(got, expected)
+
+
+def test_the_current_stream_is_used(arguments):
+    expected = gradients(*arguments)
+    side = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(50_000_000)  # kernels on another stream would overtake this
+        late = [argument * 1 for argument in arguments]
+        got = gradients(*late)
+    side.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_a_hundred_runs_agree_in_every_bit(layout):
+    arguments = batch(layout), batch(layout), torch.randn(CHANNELS, device="cuda")
+    first = gradients(*arguments)
+    for _ in range(100):
+        again = gradients(*arguments)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_threads_do_not_disturb_each_other(arguments):
+    expected = gradients(*arguments)
+    failures = []
+
+    def work() -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(10):
+                got = gradients(*arguments)
+                torch.cuda.current_stream().synchronize()
+                if not all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)):
+                    failures.append("results differ")
+
+    torch.cuda.synchronize()
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
+def test_the_tensors_device_is_used(arguments):
+    expected = gradients(*arguments)
+    got = gradients(*(argument.to("cuda:1") for argument in arguments))
+    assert all(t.device.index == 1 for t in got)
+    assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_more_than_two_to_the_31_elements(layout):
+    side, channels, frames = 336, 1280, 16  # 2.3e9
+    x = torch.empty(frames, channels, side, side, device="cuda", dtype=torch.bfloat16)
+    x = x.contiguous(memory_format=layout)
+    for frame in range(frames):
+        x[frame].normal_()
+    assert x.numel() > 2**31
+    spec = ShiftSpec.latent_shift(channels)
+    y = lsk.temporal_shift(x, spec, frames)
+    begin = 0
+    for size, offset in zip(spec.sizes, spec.offsets(frames), strict=True):
+        for t in (0, 7, frames - 1):
+            for channel in (begin, begin + size - 1):
+                inside = 0 <= t + offset < frames
+                expected = x[t + offset, channel] if inside else torch.zeros_like(x[t, channel])
+                assert torch.equal(y[t, channel], expected), (t, channel)
+        begin += size
+    del y
+    z = lsk.shift_add_group_norm_silu(
+        x, None, None, 32, spec=spec, shift="after", num_frames=frames
+    )
+    last = reference.shift_add_group_norm_silu(
+        x[-1:].float(), None, None, None, None, None, None, 32, 1e-5,
+        None, 1, [channels, 0, 0], [0, 0, 0], False, "zeros",
+    )[0]  # fmt: skip
+    kept = slice(spec.prev, spec.prev + spec.keep)
+    torch.testing.assert_close(z[-1:, kept].float(), last[:, kept], rtol=2e-2, atol=2e-2)
+
+
+def test_a_view_at_any_offset():
+    """Storage that is aligned to two bytes and no more."""
+    memory = torch.randn(FRAMES * CHANNELS * 64 + 8, device="cuda", dtype=torch.bfloat16)
+    for offset in range(8):
+        flat = memory[offset : offset + FRAMES * CHANNELS * 64]
+        nchw = flat.view(FRAMES, CHANNELS, 8, 8)
+        channels_last = flat.view(FRAMES, 8, 8, CHANNELS).permute(0, 3, 1, 2)
+        shift = (None, FRAMES, SPEC.sizes, SPEC.offsets(FRAMES), "zeros")
+        for x in (nchw, channels_last):
+            expected = reference.temporal_shift(x, *shift)
+            assert torch.equal(lsk.temporal_shift(x, SPEC, FRAMES), expected)
+
+
+def test_backward_keeps_inputs_and_statistics_only(arguments):
+    x, residual, weight = (argument.requires_grad_() for argument in arguments)
+    saved: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        saved[t.data_ptr()] = t.nbytes
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        lsk.shift_add_group_norm_silu(
+            x, weight, None, 32, spec=SPEC, num_frames=FRAMES, residual=residual
+        )
+    assert sum(saved.values()) < 1.1 * x.nbytes  # the sum, the weight, mean and rstd
