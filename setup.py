@@ -20,7 +20,10 @@ from setuptools.command.build_py import build_py
 PACKAGE = "latent_shift_kernels"
 MACROS = [("TORCH_TARGET_VERSION", "0x020b000000000000")]  # torch 2.11
 CXX_FLAGS = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=fast", "-Wno-psabi"]
-NVCC_FLAGS = ["-O3", "-std=c++17", "-DUSE_CUDA", "-lineinfo"]
+NVCC_FLAGS = ["-O3", "-std=c++17", "-DUSE_CUDA", "-lineinfo", "-Xcompiler=-fvisibility=hidden"]
+# sm_80 code also runs on sm_86 and sm_89; sm_90a is Hopper's own, and what comes after it needs 12.8
+ARCHITECTURES = "8.0;9.0a;10.0;12.0+PTX"
+ARCHITECTURES_BEFORE_12_8 = "8.0;9.0a;9.0+PTX"
 FIX = "pip install --no-build-isolation --force-reinstall --no-deps --no-cache-dir ."
 FORCE = os.environ.get("LATENT_SHIFT_FORCE_BUILD") == "1"
 
@@ -98,11 +101,17 @@ def native() -> tuple[list, type]:
     if cuda_sources and torch.version.cuda:
         if CUDA_HOME:
             # torch asks the visible GPU where this is unset, and fails where there is none
-            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;8.6;8.9;9.0+PTX")
+            new = tuple(map(int, torch.version.cuda.split(".")[:2])) >= (12, 8)
+            architectures = ARCHITECTURES if new else ARCHITECTURES_BEFORE_12_8
+            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures)
             flags = {"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS}
             extensions.append(
                 CUDAExtension(
-                    f"{PACKAGE}._C_cuda", cuda_sources, extra_compile_args=flags, **common
+                    f"{PACKAGE}._C_cuda",
+                    cuda_sources,
+                    extra_compile_args=flags,
+                    depends=sorted(glob("csrc/common/*.h") + glob("csrc/cuda/*.*h")),
+                    **common,
                 )
             )
         else:

@@ -26,7 +26,8 @@ class Call {
  private:
   static cudaStream_t stream(int32_t device) {
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == AOTI_TORCH_SUCCESS,
+                    "device ", device, " has no current stream");
     return static_cast<cudaStream_t>(stream);
   }
 
