@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import runpy
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -391,7 +392,7 @@ def parser() -> argparse.ArgumentParser:
         f"GPU, {', '.join(MAIN)} on a CPU",
     )
     several("--resolution", help="of 256, 512 pixels; default both on a GPU, 256 on a CPU")
-    several("--frames", help="of 16, 32; default both on a GPU, 16 on a CPU")
+    several("--frames", help="of 16, 32, 64; default 16 and 32 on a GPU, 16 on a CPU")
     several("--dtype", help=f"of {', '.join(DTYPES)}; default bf16 on a GPU, fp32 on a CPU")
     several("--layout", help=f"of {', '.join(LAYOUTS)}; default both")
     several(
@@ -407,6 +408,12 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", help="cpu or cuda; default cuda where there is one")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; default torch's")
+    parser.add_argument(
+        "--peers",
+        type=Path,
+        metavar="FILE.py",
+        help="further providers: a Python file with a dict PROVIDERS as in this file",
+    )
     parser.add_argument("--quick", action="store_true", help="one small site, nothing compiled")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write environment and rows")
     parser.add_argument("--plot", type=Path, metavar="PATH", help="draw the speed-ups over roll")
@@ -440,7 +447,7 @@ def plan(args: argparse.Namespace) -> Plan:
     gpu = device == "cuda"
     caches = choose("cache", ("warm", "cold", "both"), ())
     resolutions = choose("resolution", ("256", "512"), ("256", "512") if gpu else ("256",))
-    frames = choose("frames", ("16", "32"), ("16", "32") if gpu else ("16",))
+    frames = choose("frames", ("16", "32", "64"), ("16", "32") if gpu else ("16",))
     every_site = [s for r, f in product(resolutions, frames) for s in unet_sites(int(r), int(f))]
     default_sites = MAIN[-1:] if args.quick else {s.block for s in every_site} if gpu else MAIN
     aliases = {alias for site in every_site for alias in site.aliases}
@@ -553,8 +560,10 @@ def main(argv: list[str] | None = None) -> int:
     options = parser()
     args = options.parse_args(argv)
     try:
+        if args.peers:
+            PROVIDERS.update(runpy.run_path(str(args.peers))["PROVIDERS"])
         todo = plan(args)
-    except ValueError as unknown:
+    except (ValueError, OSError, KeyError) as unknown:
         print(f"{options.prog}: {unknown}", file=sys.stderr)
         return 2
     if args.threads:
