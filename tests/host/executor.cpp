@@ -710,9 +710,10 @@ bool arrive_at(uint32_t id, uint32_t threads, bool waits) {
     return false;
   }
   for (size_t i = 0; i < barrier.lanes.size(); ++i)
-    if (barrier.lanes[i] && barrier.lanes[i] != f.block->warps[i].existing)
-      fault(say("barrier ", id, ": warp ", i, " is divergent, lanes 0x", std::hex, barrier.lanes[i],
-                " of 0x", f.block->warps[i].existing, " took part"));
+    if (const uint32_t others = f.block->warps[i].existing & ~barrier.lanes[i];
+        barrier.lanes[i] && others)
+      fault(say("barrier ", id, ": warp ", i, " is divergent, lanes 0x", std::hex, others,
+                " took no part"));
   barrier.arrived = 0;
   const auto [known, fenced] = barrier.gather.take();
   for (Fiber* waiting : barrier.waiting) {
@@ -1537,6 +1538,7 @@ void launch(const char* name, dim3 blocks, dim3 threads, unsigned int cluster, s
 // ---- ThreadSanitizer's entry points ------------------------------------------------------------
 
 using latent_shift::host::access;
+using latent_shift::host::current;
 
 #define LS_ACCESS(bytes)                                                                           \
   void __tsan_read##bytes(void* p) { access(p, bytes, false, true, __builtin_return_address(0)); } \
@@ -1559,6 +1561,26 @@ void __tsan_read_range(void* p, size_t bytes) {
 }
 void __tsan_write_range(void* p, size_t bytes) {
   access(p, bytes, true, false, __builtin_return_address(0));
+}
+
+// Of -fsanitize=alignment: a vector that is loaded element by element must be aligned as a whole.
+void __ubsan_handle_type_mismatch_v1(const void* data, const void* pointer) {
+  struct Mismatch {
+    const char* file;
+    uint32_t line, column;
+    const struct {
+      uint16_t kind, info;
+      char name[1];
+    }* type;
+    uint8_t log_alignment, access;
+  };
+  if (!current) return;
+  current->pc = __builtin_return_address(0);
+  const auto& mismatch = *static_cast<const Mismatch*>(data);
+  latent_shift::host::fault(latent_shift::host::say(
+      "misaligned: access to ", mismatch.type->name, " at 0x", std::hex,
+      reinterpret_cast<uintptr_t>(pointer), ", which needs an alignment of ", std::dec,
+      1 << mismatch.log_alignment));
 }
 void __tsan_vptr_update(void**, void*) {}
 void __tsan_vptr_read(void**) {}

@@ -10,6 +10,8 @@ namespace {
 __global__ void neighbours(const __grid_constant__ Trial p) {
   auto* value = reinterpret_cast<int*>(ptx::dynamic_shared());
   const int i = threadIdx.x, size = blockDim.x;
+  value[i] = -1;
+  __syncthreads();
   value[i] = i;
   if (p.fault == 2)
     ptx::named_barrier_sync(1 + i / 32, 32);
@@ -25,6 +27,8 @@ __global__ void neighbours(const __grid_constant__ Trial p) {
 __global__ void warp_exchange(const __grid_constant__ Trial p) {
   auto* value = reinterpret_cast<short*>(ptx::dynamic_shared());
   const unsigned i = threadIdx.x;
+  value[i] = -1;
+  __syncwarp();
   value[i] = static_cast<short>(i);
   if (p.fault == 1)
     __shfl_xor_sync(0xFFFFFFFF, 0, 1);
@@ -46,7 +50,7 @@ __global__ void bounds(const __grid_constant__ Trial p) {
   if (p.fault == 5) const_cast<int*>(a)[i] = 0;
   __syncthreads();
   int neighbour = value[p.fault == 1 ? i + 1 : (i + 1) % size];
-  if (p.fault == 7) neighbour += reinterpret_cast<int2*>(value + 1)->y;
+  if (p.fault == 7) neighbour += reinterpret_cast<int2*>(value + 1)->x;
   if (p.fault == 8) std::memcpy(&neighbour, a + i + 1, sizeof(int));
   out[i + (p.fault == 4)] = neighbour;
 }
@@ -131,11 +135,11 @@ __global__ void matrices(const __grid_constant__ Trial p) {
   float d[32];
   if (p.fault != 6) ptx::wgmma_fence();
   if (p.fault == 9 && i >= 96) return;
-  const uint64_t da = ptx::wgmma_descriptor(a + (p.fault == 7 && i >= 96), 1024,
+  const uint64_t da = ptx::wgmma_descriptor(p.fault == 7 && i >= 96 ? b : a, 1024,
                                             p.fault == 2   ? 256
                                             : p.fault == 8 ? 64
                                                            : 128);
-  const uint64_t db = ptx::wgmma_descriptor(b, 1024, p.fault == 3 ? 1024 : 128);
+  const uint64_t db = ptx::wgmma_descriptor(b, 1024, p.fault == 3 ? 8192 : 128);
   ptx::wgmma_m64k16<T, 64>(d, da, db, false);
   if (p.fault == 5 && i == 0) a[0] = {};
   ptx::wgmma_commit();

