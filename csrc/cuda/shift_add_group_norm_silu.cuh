@@ -243,7 +243,10 @@ __global__ void __launch_bounds__(kNormThreads, 1)
       store_unit(tile.at(c, i), narrow<T, N>(u));
     }
   }
-  if (p.tiling.cluster > 1) ptx::cluster_wait();
+  if (p.tiling.cluster > 1) {
+    __syncwarp();
+    ptx::cluster_wait();
+  }
 }
 
 // The merge of a split: one warp per frame and group.

@@ -264,7 +264,10 @@ __global__ void __launch_bounds__(kNormThreads, 1)
     for (int32_t i = threadIdx.x; i < tile.channels; i += blockDim.x)
       sums[i] = channel_sum(scratch, tile.channels, rows, i);
   }
-  if (p.tiling.cluster > 1) ptx::cluster_wait();
+  if (p.tiling.cluster > 1) {
+    __syncwarp();
+    ptx::cluster_wait();
+  }
 }
 
 // The merge of a split: one warp per frame and group.

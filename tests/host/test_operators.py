@@ -1,5 +1,5 @@
-"""The operators' matrix (tests/kernels/test_operators.py) with the CUDA kernels on the host executor,
-in every way that a device's limits make them take."""
+"""The operators' matrix (tests/kernels/test_operators.py) with the CUDA kernels on the host
+executor, in every way that a device's limits make them take."""
 
 from __future__ import annotations
 
@@ -88,3 +88,76 @@ def test_shift(host, case):
 @cases(89, SHAPES, LAYOUTS, [name for name in SPECS if name != "none"], DTYPES, CLIPS)
 def test_shift_does_not_race(host, case):
     check_shift(HostBackend(host, races=True), case)
+
+
+@pytest.mark.parametrize("limits", LIMITS)
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("races", [False, True])
+def test_every_way_is_taken(host, limits, layout, races):
+    """At a width of the model the limits do choose the way they are named for, and all agree."""
+    backend = HostBackend(host, races=races, **LIMITS[limits])
+    run = backend.implementations()
+    case = make_case("site", layout, "everything", "latent_shift", "before", torch.bfloat16)
+    seen = []
+
+    def noting(name):
+        def call(*arguments):
+            result = run[name](*arguments)
+            seen.append(backend.launches)
+            return result
+
+        return call
+
+    check({name: noting(name) for name in run}, case)
+    forward, backward = seen
+    assert len(forward) == WAYS[limits]
+    assert len(backward) == WAYS[limits] + 1  # the gradients of the parameters
+    for launches in seen:
+        assert (launches[0]["cluster"] > 1) == (limits == "cluster")
+
+
+@pytest.mark.parametrize("limits", LIMITS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_misaligned_storage(host, limits, dtype):
+    """Tensors that begin between two vectors get the right result one element at a time."""
+    backend = HostBackend(host, races=False, offset=1, **LIMITS[limits])
+    for spec in ("latent_shift", "replicate"):
+        for layout in ("nchw", "channels_last"):
+            case = make_case("one_pixel", layout, "join", spec, "after", DTYPES[dtype])
+            check(backend.implementations(), case)
+            check_shift(backend, ("one_pixel", layout, spec, dtype, "even"))
+
+
+@pytest.mark.parametrize("limits", LIMITS)
+def test_zero_variance_and_non_finite_values(host, limits):
+    run = HostBackend(host, races=False, **LIMITS[limits]).implementations()
+    norm = run["shift_add_group_norm_silu"]
+    shift = (None, 1, [16, 0, 0], [0, 0, 0], False, "zeros")
+    x = torch.full((1, 16, 9, 9), 5.3).to(memory_format=torch.channels_last)
+    y, _, mean, rstd = norm(x, *[None] * 6, 2, 1e-5, *shift)
+    assert (y == 0).all() and (mean == x[0, 0, 0, 0]).all()
+    torch.testing.assert_close(rstd, torch.full_like(rstd, 1e-5**-0.5))
+    for value in (float("nan"), float("inf")):
+        x = torch.randn(2, 16, 9, 9).to(memory_format=torch.channels_last)
+        x[0, 3, 4, 4] = value
+        y, _, mean, _ = norm(x, *[None] * 6, 2, 1e-5, *shift)
+        assert y[0, :8].isnan().all() and y[0, 8:].isfinite().all() and y[1].isfinite().all()
+
+
+def test_runs_are_bitwise_equal(host):
+    """Whatever the order in which blocks and warps get on."""
+    case = make_case("site", "channels_last", "everything", "latent_shift", "after", torch.float32)
+    tables = [case.tensors[n] for n in ("temb", "weight", "bias", "ada_scale", "ada_shift")]
+    shift = lower(case.lengths, case.spec, case.x.shape[1])
+
+    def once(seed):
+        run = HostBackend(host, races=True, seed=seed, **LIMITS["cluster"]).implementations()
+        y, total, mean, rstd = run["shift_add_group_norm_silu"](
+            case.x, case.tensors["residual"], *tables, 32, 1e-5, *shift[:-1], True, shift[-1]
+        )
+        grads = run["shift_add_group_norm_silu_backward"](
+            case.dy, case.dsum, total, True, *tables, mean, rstd, 32, *shift[:-1], True, shift[-1]
+        )
+        return [y, total, mean, rstd, *grads]
+
+    assert all(torch.equal(a, b) for a, b in zip(once(0), once(1), strict=True))
