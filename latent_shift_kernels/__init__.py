@@ -7,8 +7,13 @@ U-Nets.
 
 from . import backends
 from .dispatch import explain, serving
-from .functional import shift_add, shift_add_group_norm_silu, temporal_shift
-from .modules import ShiftGroupNormSiLU, TemporalShift
+from .functional import (
+    shift_add,
+    shift_add_group_norm_silu,
+    shift_group_norm_silu_conv2d,
+    temporal_shift,
+)
+from .modules import ShiftGroupNormSiLU, ShiftGroupNormSiLUConv2d, TemporalShift
 from .spec import Placement, ShiftSpec
 
 __version__ = "0.1.0"
@@ -16,12 +21,14 @@ __version__ = "0.1.0"
 __all__ = [
     "Placement",
     "ShiftGroupNormSiLU",
+    "ShiftGroupNormSiLUConv2d",
     "ShiftSpec",
     "TemporalShift",
     "explain",
     "serving",
     "shift_add",
     "shift_add_group_norm_silu",
+    "shift_group_norm_silu_conv2d",
     "temporal_shift",
 ]
 

@@ -12,9 +12,13 @@ _TITLES = {
     "cuda": "CUDA C++",
     "triton": "Triton",
     "reference": "plain PyTorch",
+    "composed": "composed",
 }
 # Fastest first.
-_LADDER = {"cpu": ("cpu", "triton", "reference"), "cuda": ("cuda", "triton", "reference")}
+_LADDER = {
+    "cpu": ("cpu", "triton", "composed", "reference"),
+    "cuda": ("cuda", "triton", "composed", "reference"),
+}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -25,13 +29,15 @@ def serving(device_type: str) -> dict[str, str]:
         device_type: "cpu", "cuda", or any other that torch knows.
 
     Returns:
-        Operator name -> "cpu" (C++), "cuda" (CUDA C++), "triton" or "reference" (plain PyTorch).
+        Operator name -> "cpu" (C++), "cuda" (CUDA C++), "triton", "reference" (plain PyTorch), or
+        "composed" (the kernels of other operators and PyTorch's convolution).
 
     Example:
         >>> serving("cpu")["temporal_shift"]
         'cpu'
     """
-    return dict(backends.SERVING.get(device_type) or dict.fromkeys(ops.SCHEMAS, "reference"))
+    elsewhere = {op: "composed" if op in ops.COMPOSED else "reference" for op in ops.SCHEMAS}
+    return dict(backends.SERVING.get(device_type, elsewhere))
 
 
 def explain(op: str, *tensors: Tensor) -> str:
@@ -58,14 +64,23 @@ def explain(op: str, *tensors: Tensor) -> str:
         raise ValueError("explain needs at least one tensor of the call")
     x = tensors[0]
     device = x.device.type
-    kernel = serving(device)[op]
-    title = _TITLES[kernel] + (f" ({backends.cpu_isa()})" if kernel == "cpu" else "")
+    kernels = serving(device)
+    kernel, reasons = kernels[op], dict(backends.REFUSED)
+    if kernel in backends.FUSED_CONV2D_DTYPES and op in ops.COMPOSED:
+        taken = backends.FUSED_CONV2D_DTYPES[kernel]
+        if not backends.takes_fused_conv2d(kernel, x):
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in taken)
+            reasons[device, kernel] = f"its convolution takes channels_last {names}"
+            kernel = "composed"
     dtype = str(x.dtype).removeprefix("torch.")
-    lines = [f"{op} on {device} {dtype} {tuple(x.shape)}: {title}"]
-    ladder = _LADDER.get(device, ("reference",))
+    lines = [f"{op} on {device} {dtype} {tuple(x.shape)}: {_title(kernel, kernels)}"]
+    ladder = _LADDER.get(device, ("composed", "reference"))
+    ladder = tuple(k for k in ladder if k != "composed" or op in ops.COMPOSED)
     for faster in ladder[: ladder.index(kernel)]:
-        reason = backends.REFUSED.get((device, faster), "it does not have this operator")
+        reason = reasons.get((device, faster), "it does not have this operator")
         lines.append(f"  not {_TITLES[faster]}: {reason}")
+    if (device, op) in backends.UNCHOSEN:
+        lines.append(f"  not one kernel: {backends.UNCHOSEN[device, op]}")
     if kernel != "reference" and x.dtype not in _DTYPES:
         lines.append(
             f"  but {dtype} is refused: the kernels take float32, bfloat16, float16 and float64"
@@ -77,6 +92,13 @@ def explain(op: str, *tensors: Tensor) -> str:
                 "it is not dense in the layout of the first"
             )
     return "\n".join(lines)
+
+
+def _title(kernel: str, kernels: dict[str, str]) -> str:
+    if kernel == "composed":
+        norm = _title(kernels["shift_add_group_norm_silu"], kernels)
+        return f"composed of shift_add_group_norm_silu ({norm}) and PyTorch's convolution"
+    return _TITLES[kernel] + (f" ({backends.cpu_isa()})" if kernel == "cpu" else "")
 
 
 def _dense_like(tensor: Tensor, x: Tensor) -> bool:

@@ -31,6 +31,20 @@ and sums are fp32 (fp64 for fp64 inputs).
     its gradients; ``x`` is the sum itself where ``is_sum``; returns (dx, dresidual, dtemb, dweight,
     dbias, dada_scale, dada_shift), empty (0,) for what was absent, and for dresidual where it
     equals dx (no shift on ``x``)
+``shift_group_norm_silu_conv2d``
+    ``y`` of the above for ``x`` and ``skip`` joined along their channels, then
+    ``c = conv2d(y, filter, padding=1) + filter_bias + out_temb`` with a ``filter`` (Cout, Cin, 3,
+    3) in the dtype of ``x``, and ``out = (residual + shift(c)) * scale`` with a shift of its own,
+    ``out_sizes`` and ``out_offsets``; returns (out, mean, rstd, sums), ``sums`` the (N, Cout, 2)
+    sums and centred sums of squares of the channels of ``out``, empty (0,) unless ``emit_sums``
+``shift_group_norm_silu_conv2d_backward``
+    its gradients for a ``dout`` that holds ``scale``; returns (dx, dskip, dtemb, dweight, dbias,
+    dada_scale, dada_shift, dfilter, dfilter_bias, dout_temb), empty (0,) for what was absent, for
+    all up to dada_shift unless ``needs_input``, and for dfilter unless ``needs_filter``
+
+``shift_group_norm_silu_conv2d`` is composed of the others and a convolution
+(:mod:`latent_shift_kernels.composed`). A kernel that does all of it in one stands under
+``shift_group_norm_silu_conv2d_fused`` (:mod:`latent_shift_kernels.backends` says when it serves).
 """
 
 from __future__ import annotations
@@ -42,14 +56,21 @@ import torch
 from torch import Tensor
 from torch.library import Library, register_autograd, register_fake
 
-from . import reference
-from .spec import BOUNDARIES
+from . import composed, reference
+from .checks import check_conv2d, check_norm, check_norm_gradients, check_same, check_shift
 
 _SHIFT = "Tensor? cu_frames, SymInt num_frames, int[] sizes, int[] offsets, str boundary"
 _TABLES = "Tensor? temb, Tensor? weight, Tensor? bias, Tensor? ada_scale, Tensor? ada_shift"
 _NORM_SHIFT = (
     "Tensor? cu_frames, SymInt num_frames, int[] sizes, int[] offsets, bool shift_after,"
     " str boundary"
+)
+
+_CONV2D = (
+    f"Tensor x, Tensor? skip, {_TABLES}, int num_groups, float eps, Tensor filter,"
+    " Tensor? filter_bias, Tensor? out_temb, Tensor? residual, float scale, Tensor? cu_frames,"
+    " SymInt num_frames, int[] sizes, int[] offsets, bool shift_after, int[] out_sizes,"
+    " int[] out_offsets, str boundary, bool emit_sums"
 )
 
 SCHEMAS = {
@@ -66,54 +87,34 @@ SCHEMAS = {
         " -> (Tensor dx, Tensor dresidual, Tensor dtemb, Tensor dweight, Tensor dbias,"
         " Tensor dada_scale, Tensor dada_shift)"
     ),
+    "shift_group_norm_silu_conv2d": (
+        f"({_CONV2D}) -> (Tensor out, Tensor mean, Tensor rstd, Tensor sums)"
+    ),
+    "shift_group_norm_silu_conv2d_backward": (
+        f"(Tensor dout, Tensor x, Tensor? skip, {_TABLES}, Tensor mean, Tensor rstd,"
+        " int num_groups, float eps, Tensor filter, Tensor? filter_bias, Tensor? out_temb,"
+        " Tensor? cu_frames, SymInt num_frames, int[] sizes, int[] offsets, bool shift_after,"
+        " int[] out_sizes, int[] out_offsets, str boundary, bool needs_input, bool needs_filter)"
+        " -> (Tensor dx, Tensor dskip, Tensor dtemb, Tensor dweight, Tensor dbias,"
+        " Tensor dada_scale, Tensor dada_shift, Tensor dfilter, Tensor dfilter_bias,"
+        " Tensor dout_temb)"
+    ),
 }
+# Operators that kernels may offer and nobody has to: those above call them where they serve.
+OPTIONAL_SCHEMAS = {
+    "shift_group_norm_silu_conv2d_fused": SCHEMAS["shift_group_norm_silu_conv2d"],
+}
+COMPOSED = composed.implementations(torch.ops.latent_shift)
 
 _lib = Library("latent_shift", "DEF")
-for _name, _schema in SCHEMAS.items():
+for _name, _schema in {**SCHEMAS, **OPTIONAL_SCHEMAS}.items():
     _lib.define(_name + _schema, tags=(torch.Tag.needs_exact_strides,))
-    _lib.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+for _name in SCHEMAS:
+    _implementation = COMPOSED.get(_name) or getattr(reference, _name)
+    _lib.impl(_name, _implementation, "CompositeExplicitAutograd")
 
 
-# Fakes. They hold the checks of every backend that runs under torch.compile; native code repeats
-# them.
-
-
-def check_shift(
-    x: Tensor,
-    cu_frames: Tensor | None,
-    num_frames: int,
-    sizes: list[int],
-    offsets: list[int],
-    boundary: str,
-) -> None:
-    torch._check(x.dim() == 4, lambda: f"expected (B*T, C, H, W), got {tuple(x.shape)}")
-    if cu_frames is None:
-        torch._check(num_frames > 0, lambda: f"num_frames must be >= 1, got {num_frames}")
-        torch._check(
-            x.shape[0] % num_frames == 0,
-            lambda: f"a batch of {x.shape[0]} frames does not split into clips of {num_frames}",
-        )
-    else:
-        torch._check(
-            cu_frames.dtype == torch.int32
-            and cu_frames.dim() == 1
-            and cu_frames.shape[0] >= 2
-            and cu_frames.is_contiguous()
-            and cu_frames.device == x.device,
-            lambda: (
-                "cu_frames must be int32 (clips + 1,), at least one clip, contiguous, on "
-                f"{x.device}, got {cu_frames.dtype} {tuple(cu_frames.shape)} on {cu_frames.device}"
-            ),
-        )
-    torch._check(
-        sum(sizes) == x.shape[1] and min(sizes) >= 0,
-        lambda: f"the slices {sizes} hold {sum(sizes)} channels, the tensor has {x.shape[1]}",
-    )
-    torch._check(
-        len(sizes) == len(offsets) == 3 and all(offset in (-1, 0, 1) for offset in offsets),
-        lambda: f"expected three slices with offsets in -1, 0, 1, got {sizes} and {offsets}",
-    )
-    torch._check(boundary in BOUNDARIES, lambda: f"unknown boundary {boundary!r}")
+# Fakes, with the checks of every backend that runs under torch.compile.
 
 
 def _like(x: Tensor) -> Tensor:
@@ -217,63 +218,99 @@ def _(
     )
 
 
-def check_same(x: Tensor, other: Tensor, name: str) -> None:
-    torch._check(
-        other.shape == x.shape and other.dtype == x.dtype and other.device == x.device,
-        lambda: (
-            f"{name} must match ({tuple(x.shape)}, {x.dtype}, {x.device}), "
-            f"got ({tuple(other.shape)}, {other.dtype}, {other.device})"
-        ),
-    )
-
-
-def check_norm_gradients(
-    x: Tensor, dy: Tensor, dsum: Tensor | None, mean: Tensor, rstd: Tensor, num_groups: int
-) -> None:
-    check_same(x, dy, "dy")
-    if dsum is not None:
-        check_same(x, dsum, "dsum")
-    shape, dtype = (x.shape[0], num_groups), reference.accumulate_dtype(x.dtype)
-    for name, stats in (("mean", mean), ("rstd", rstd)):
-        torch._check(
-            stats.shape == shape and stats.dtype == dtype and stats.device == x.device,
-            _mismatch(name, f"{shape} {dtype} on {x.device}", stats),
-        )
-
-
-def check_norm(
+@register_fake("latent_shift::shift_group_norm_silu_conv2d")
+def _(
     x: Tensor,
+    skip: Tensor | None,
     temb: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     ada_scale: Tensor | None,
     ada_shift: Tensor | None,
     num_groups: int,
-) -> None:
-    frames, channels = x.shape[:2]
-    torch._check(
-        num_groups > 0 and channels % num_groups == 0,
-        lambda: f"num_groups = {num_groups} does not divide {channels} channels",
+    eps: float,
+    filter: Tensor,
+    filter_bias: Tensor | None,
+    out_temb: Tensor | None,
+    residual: Tensor | None,
+    scale: float,
+    cu_frames: Tensor | None,
+    num_frames: int,
+    sizes: list[int],
+    offsets: list[int],
+    shift_after: bool,
+    out_sizes: list[int],
+    out_offsets: list[int],
+    boundary: str,
+    emit_sums: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    norm = (temb, weight, bias, ada_scale, ada_shift)
+    shift = (cu_frames, num_frames, sizes, offsets)
+    check_conv2d(
+        x, skip, norm, num_groups, filter, filter_bias, out_temb, residual,
+        shift, out_sizes, out_offsets, boundary,
+    )  # fmt: skip
+    frames, out_channels = x.shape[0], filter.shape[0]
+    out = torch.empty(
+        (frames, out_channels, *x.shape[2:]),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=reference.memory_format(x),
     )
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is not None:
-            torch._check(
-                parameter.shape == (channels,) and parameter.device == x.device,
-                _mismatch(name, f"({channels},) on {x.device}", parameter),
-            )
-    for name, table in (("temb", temb), ("ada_scale", ada_scale), ("ada_shift", ada_shift)):
-        if table is not None:
-            torch._check(
-                table.dim() == 2
-                and table.shape[1] == channels
-                and table.device == x.device
-                and (table.shape[0] == frames or frames % max(table.shape[0], 1) == 0),
-                _mismatch(name, f"(R, {channels}) on {x.device}, R dividing {frames}", table),
-            )
+    stats = x.new_empty((frames, num_groups), dtype=reference.accumulate_dtype(x.dtype))
+    sums = stats.new_empty((frames, out_channels, 2) if emit_sums else 0)
+    return out, stats, torch.empty_like(stats), sums
 
 
-def _mismatch(name: str, expected: str, got: Tensor) -> Callable[[], str]:
-    return lambda: f"{name} must be {expected}, got {tuple(got.shape)} {got.dtype} on {got.device}"
+@register_fake("latent_shift::shift_group_norm_silu_conv2d_backward")
+def _(
+    dout: Tensor,
+    x: Tensor,
+    skip: Tensor | None,
+    temb: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    ada_scale: Tensor | None,
+    ada_shift: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    num_groups: int,
+    eps: float,
+    filter: Tensor,
+    filter_bias: Tensor | None,
+    out_temb: Tensor | None,
+    cu_frames: Tensor | None,
+    num_frames: int,
+    sizes: list[int],
+    offsets: list[int],
+    shift_after: bool,
+    out_sizes: list[int],
+    out_offsets: list[int],
+    boundary: str,
+    needs_input: bool,
+    needs_filter: bool,
+) -> tuple[Tensor, ...]:
+    norm = (temb, weight, bias, ada_scale, ada_shift)
+    shift = (cu_frames, num_frames, sizes, offsets)
+    check_conv2d(
+        x, skip, norm, num_groups, filter, filter_bias, out_temb, dout,
+        shift, out_sizes, out_offsets, boundary,
+    )  # fmt: skip
+
+    def grad(like: Tensor | None, needed: bool) -> Tensor:
+        if like is None or not needed:
+            return x.new_empty(0)
+        if like.dim() != 4:
+            return like.new_empty(like.shape)
+        layout = reference.memory_format(filter if like is filter else x)
+        return torch.empty(like.shape, dtype=like.dtype, device=like.device, memory_format=layout)
+
+    return (
+        *(grad(t, needs_input) for t in (x, skip, *norm)),
+        grad(filter, needs_filter),
+        grad(filter_bias, True),
+        grad(out_temb, True),
+    )
 
 
 # Autograd.
@@ -327,6 +364,38 @@ def _norm_grad(ctx: Any, dy: Tensor | None, dsum: Tensor | None, *_: None) -> tu
     return dx, dresidual if ctx.is_sum else None, *given, *([None] * 8)
 
 
+def _save_conv2d(ctx: Any, inputs: tuple, output: tuple) -> None:
+    x, skip, *norm, ctx.num_groups, ctx.eps, filter, filter_bias, out_temb = inputs[:12]
+    _, ctx.scale, cu_frames = inputs[12:15]
+    ctx.shift = inputs[15:-1]
+    _, mean, rstd, sums = output
+    ctx.mark_non_differentiable(mean, rstd, sums)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, skip, *norm, mean, rstd, filter, filter_bias, out_temb, cu_frames)
+
+
+def _conv2d_grad(ctx: Any, dout: Tensor | None, *_: None) -> tuple:
+    if dout is None:
+        return (None,) * 23
+    x, skip, *norm, mean, rstd, filter, filter_bias, out_temb, cu_frames = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    if ctx.scale != 1.0:
+        dout = dout * ctx.scale
+    # Without its like a gradient is not computed.
+    wanted = (filter_bias if needs[10] else None, out_temb if needs[11] else None)
+    grads = torch.ops.latent_shift.shift_group_norm_silu_conv2d_backward(
+        dout, x, skip, *norm, mean, rstd, ctx.num_groups, ctx.eps, filter, *wanted,
+        cu_frames, *ctx.shift, any(needs[:7]), needs[9],
+    )  # fmt: skip
+    inputs = (x, skip, *norm, filter, filter_bias, out_temb)
+    of_input = (*needs[:7], *needs[9:12])
+    given = [
+        grad if like is not None and need else None
+        for like, need, grad in zip(inputs, of_input, grads, strict=True)
+    ]
+    return *given[:7], None, None, *given[7:], dout if needs[12] else None, *([None] * 10)
+
+
 register_autograd(
     "latent_shift::temporal_shift", _temporal_shift_grad, setup_context=_save_shift, lib=_lib
 )
@@ -336,10 +405,17 @@ register_autograd(
 register_autograd(
     "latent_shift::shift_add_group_norm_silu", _norm_grad, setup_context=_save_norm, lib=_lib
 )
+register_autograd(
+    "latent_shift::shift_group_norm_silu_conv2d",
+    _conv2d_grad,
+    setup_context=_save_conv2d,
+    lib=_lib,
+)
 
 
 # Autocast. The operators keep fp32 statistics inside, so unlike torch's GroupNorm nothing is cast
-# up; tensors of different dtypes meet in the wider one, as in torch's own addition.
+# up; tensors of different dtypes meet in the wider one, as in torch's own addition. With a
+# convolution inside, everything of an image's size enters in autocast's dtype, as for torch's own.
 
 
 def _promoting(name: str, count: int) -> Callable:
@@ -357,9 +433,23 @@ def _promoting(name: str, count: int) -> Callable:
     return autocast
 
 
+def _autocast_conv2d(x: Tensor, *args: Any) -> Any:
+    dtype = torch.get_autocast_dtype(x.device.type)
+
+    def lowered(t: Any) -> Any:
+        return t.to(dtype) if isinstance(t, Tensor) and t.dtype != torch.float64 else t
+
+    arguments = [x, *args]
+    for index in (0, 1, 9, 12):  # x, skip, filter, residual
+        arguments[index] = lowered(arguments[index])
+    with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
+        return torch.ops.latent_shift.shift_group_norm_silu_conv2d(*arguments)
+
+
 _AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU).add(
     torch._C.DispatchKey.AutocastCUDA
 )
 for _key in ("AutocastCPU", "AutocastCUDA"):
     _lib.impl("shift_add", _promoting("shift_add", 2), _key)
     _lib.impl("shift_add_group_norm_silu", _promoting("shift_add_group_norm_silu", 2), _key)
+    _lib.impl("shift_group_norm_silu_conv2d", _autocast_conv2d, _key)

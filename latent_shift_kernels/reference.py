@@ -173,20 +173,21 @@ def shift_add_group_norm_silu_backward(
         ds = ds + dsum.to(acc)
     total_grad = ds.to(x.dtype).contiguous(memory_format=layout)
     dx = temporal_shift_backward(total_grad, *shift) if shift_before else total_grad
-    none = x.new_empty(0)
 
     def per_channel(t: Tensor, parameter: Tensor | None) -> Tensor:
-        return none if parameter is None else t.sum((0, 2, 3)).to(parameter.dtype)
+        if parameter is None:
+            return x.new_empty(0)
+        return t.sum((0, 2, 3)).to(parameter.dtype)
 
     def per_row(t: Tensor, table: Tensor | None) -> Tensor:
         if table is None:
-            return none
+            return x.new_empty(0)
         rows = t.sum((2, 3)).unflatten(0, (table.shape[0], _frames_per_row(table, t)))
         return rows.sum(1).to(table.dtype)
 
     return (
         dx,
-        total_grad if is_sum and shift_before else none,
+        total_grad if is_sum and shift_before else x.new_empty(0),
         per_row(ds, temb),
         per_channel(dnormed * xhat, weight),
         per_channel(dnormed, bias),

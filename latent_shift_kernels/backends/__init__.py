@@ -9,6 +9,9 @@ key serves it. ``LATENT_SHIFT_BACKEND`` chooses:
 ``triton``    CUDA tensors: Triton. CPU tensors too where ``TRITON_INTERPRET=1``, else C++
 ``reference`` plain PyTorch everywhere
 ============= ====================================================================================
+
+``shift_group_norm_silu_conv2d`` is composed of the norm's kernel and PyTorch's convolution. Where
+``LATENT_SHIFT_FUSED_CONV2D=1`` and there is a kernel that does both, it serves the calls it takes.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.library import Library
 
 from .. import ops, reference
@@ -32,12 +36,21 @@ REBUILD = (
     "pip install --no-build-isolation --force-reinstall --no-deps --no-cache-dir <the sources>"
 )
 
-# device type -> operator -> the kernel that serves it: "cpu", "cuda", "triton" or "reference"
+# device type -> operator -> the kernel that serves it: "cpu", "cuda", "triton", "reference", or
+# "composed" of others
 SERVING: dict[str, dict[str, str]] = {
-    device: dict.fromkeys(ops.SCHEMAS, "reference") for device in ("cpu", "cuda")
+    device: {op: "composed" if op in ops.COMPOSED else "reference" for op in ops.SCHEMAS}
+    for device in ("cpu", "cuda")
+}
+# kernel -> the dtypes of the convolutions it fuses, channels_last only
+FUSED_CONV2D_DTYPES = {
+    "cuda": (torch.bfloat16, torch.float16),
+    "triton": (torch.bfloat16, torch.float16, torch.float32),
 }
 # (device type, kernel) -> why it does not serve
 REFUSED: dict[tuple[str, str], str] = {}
+# (device type, operator) -> how to choose the kernel that stands by
+UNCHOSEN: dict[tuple[str, str], str] = {}
 
 _PACKAGE = Path(__file__).parent.parent
 _python_kernels: list[Library] = []  # a registration lasts as long as its Library
@@ -68,6 +81,7 @@ def load() -> None:
     if asked == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
         REFUSED["cpu", "cpu"] = "LATENT_SHIFT_BACKEND=triton with TRITON_INTERPRET=1"
         served = _attach_triton("cpu")
+        _attach_fused_conv2d("cpu")
     else:
         REFUSED["cpu", "triton"] = "Triton runs on GPUs"
         served = _attach_library("cpu", "_C")
@@ -91,6 +105,7 @@ def load() -> None:
         served = _attach_triton("cuda")
     if not served:
         _warn_on_use("cuda")
+    _attach_fused_conv2d("cuda")
 
 
 def library_path(name: str) -> Path | None:
@@ -157,8 +172,34 @@ def _attach_triton(device: str) -> bool:
         REFUSED[device, "triton"] = f"Triton does not import: {error}"
         return False
     _register(device, IMPLEMENTATIONS)
-    SERVING[device].update(dict.fromkeys(IMPLEMENTATIONS, "triton"))
+    SERVING[device].update({op: "triton" for op in IMPLEMENTATIONS if op in ops.SCHEMAS})
     return True
+
+
+def _attach_fused_conv2d(device: str) -> None:
+    """Puts a kernel that holds the convolution in front of the composition, if one is wanted."""
+    name = "shift_group_norm_silu_conv2d"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(
+        f"latent_shift::{name}_fused", device.upper()
+    ):
+        return
+    if os.environ.get("LATENT_SHIFT_FUSED_CONV2D") != "1":
+        UNCHOSEN[device, name] = "LATENT_SHIFT_FUSED_CONV2D=1 chooses the kernel that holds it all"
+        return
+    kernel = SERVING[device]["shift_add_group_norm_silu"]
+    fused, composed = torch.ops.latent_shift.shift_group_norm_silu_conv2d_fused, ops.COMPOSED[name]
+
+    def fused_or_composed(x: Tensor, *args: Any) -> Any:
+        return (fused if takes_fused_conv2d(kernel, x) else composed)(x, *args)
+
+    _register(device, {name: fused_or_composed})
+    SERVING[device][name] = kernel
+
+
+def takes_fused_conv2d(kernel: str, x: Tensor) -> bool:
+    """Whether the convolution fused by ``kernel`` takes ``x``."""
+    channels_last = reference.memory_format(x) == torch.channels_last
+    return x.numel() > 0 and channels_last and x.dtype in FUSED_CONV2D_DTYPES[kernel]
 
 
 def _register(device: str, kernels: dict[str, Callable[..., Any]]) -> None:
@@ -190,4 +231,4 @@ def _warn_on_use(device: str) -> None:
 
         return call
 
-    _register(device, {op: announced(op) for op in ops.SCHEMAS})
+    _register(device, {op: announced(op) for op in ops.SCHEMAS if op not in ops.COMPOSED})

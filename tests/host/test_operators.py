@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.kernels import naive
-from tests.kernels.test_operators import (
+from tests.kernels.cases import (
     CLIPS,
     DTYPES,
     FLAGS,

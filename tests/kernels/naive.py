@@ -5,7 +5,7 @@ Written apart from ``latent_shift_kernels.reference`` on purpose: frame by frame
 GroupNorm and SiLU, and gradients from autograd.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -66,17 +66,21 @@ class Case:
         def convert(t: Tensor | None) -> Tensor | None:
             return None if t is None else t.detach().to(dtype)
 
-        return Case(
-            convert(self.x),
-            self.num_groups,
-            self.lengths,
-            self.spec,
-            self.shift,
-            {name: convert(t) for name, t in self.tensors.items()},
-            convert(self.dy),
-            convert(self.dsum),
-            self.eps,
+        return replace(
+            self,
+            x=convert(self.x),
+            tensors={name: convert(t) for name, t in self.tensors.items()},
+            dy=convert(self.dy),
+            dsum=convert(self.dsum),
         )
+
+
+@dataclass
+class ConvCase(Case):
+    """One call of ``shift_group_norm_silu_conv2d``."""
+
+    out_spec: ShiftSpec | None = None
+    scale: float = 1.0
 
 
 def group_norm_silu(case: Case) -> dict[str, Tensor]:
@@ -87,27 +91,8 @@ def group_norm_silu(case: Case) -> dict[str, Tensor]:
         x = temporal_shift(x, case.lengths, case.spec)
     if residual is not None:
         x = x + residual
-    frames = x.shape[0]
-
-    def rows(table: Tensor) -> Tensor:
-        return table.repeat_interleave(frames // max(table.shape[0], 1), 0)[:, :, None, None]
-
-    if temb is not None:
-        x = x + rows(temb)
-    total = x
-    # torch's GroupNorm wants parameters of the input's dtype or fp32; half of the matrix mixes
-    # them.
-    weight, bias = (
-        None if (t := leaves.get(name)) is None else t.to(x.dtype) for name in ("weight", "bias")
-    )
-    y = F.group_norm(x, case.num_groups, weight, bias, case.eps)
-    if "ada_scale" in leaves:
-        y = y * (1 + rows(leaves["ada_scale"]))
-    if "ada_shift" in leaves:
-        y = y + rows(leaves["ada_shift"])
-    y = F.silu(y).to(case.x.dtype)
-    if case.spec is not None and case.shift == "after":
-        y = temporal_shift(y, case.lengths, case.spec)
+    total = x if temb is None else x + rows(temb, x)
+    y = _activated(total, leaves, case)
     outputs = {"y": y}
     upstream = [case.dy]
     if residual is not None:
@@ -116,3 +101,55 @@ def group_norm_silu(case: Case) -> dict[str, Tensor]:
     grads = torch.autograd.grad(list(outputs.values()), list(leaves.values()), upstream)
     named = {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
     return {name: t.detach() for name, t in {**outputs, **named}.items()}
+
+
+def group_norm_silu_conv2d(case: ConvCase) -> dict[str, Tensor]:
+    """Outputs and gradients of the eager chain with its convolution, by name."""
+    leaves = {name: t.detach().clone().requires_grad_() for name, t in case.arguments().items()}
+    x = leaves["x"] if "skip" not in leaves else torch.cat((leaves["x"], leaves["skip"]), 1)
+    if case.spec is not None and case.shift == "before":
+        x = temporal_shift(x, case.lengths, case.spec)
+    if "temb" in leaves:
+        x = x + rows(leaves["temb"], x)
+    y = _activated(x, leaves, case)
+    if y.numel():
+        out = F.conv2d(y, leaves["filter"], leaves.get("filter_bias"), padding=1)
+    else:
+        out = y.new_empty(y.shape[0], leaves["filter"].shape[0], *y.shape[2:])
+        out = out + 0 * sum(t.sum() for t in leaves.values())
+    if "out_temb" in leaves:
+        out = out + rows(leaves["out_temb"], out)
+    if case.out_spec is not None:
+        out = temporal_shift(out, case.lengths, case.out_spec)
+    if "residual" in leaves:
+        out = leaves["residual"] + out
+    out = out * case.scale
+    grads = torch.autograd.grad([out], list(leaves.values()), [case.dy], allow_unused=True)
+    named = {
+        f"d{name}": torch.zeros_like(leaves[name]) if grad is None else grad
+        for name, grad in zip(leaves, grads, strict=True)
+    }
+    return {name: t.detach() for name, t in {"out": out, **named}.items()}
+
+
+def rows(table: Tensor, like: Tensor) -> Tensor:
+    """A table (R, C) spread over the frames of ``like``."""
+    return table.repeat_interleave(like.shape[0] // max(table.shape[0], 1), 0)[:, :, None, None]
+
+
+def _activated(total: Tensor, leaves: dict[str, Tensor], case: Case) -> Tensor:
+    # torch's GroupNorm wants parameters of the input's dtype or fp32; half of the matrix mixes
+    # them.
+    weight, bias = (
+        None if (t := leaves.get(name)) is None else t.to(total.dtype)
+        for name in ("weight", "bias")
+    )
+    y = F.group_norm(total, case.num_groups, weight, bias, case.eps)
+    if "ada_scale" in leaves:
+        y = y * (1 + rows(leaves["ada_scale"], y))
+    if "ada_shift" in leaves:
+        y = y + rows(leaves["ada_shift"], y)
+    y = F.silu(y).to(case.x.dtype)
+    if case.spec is not None and case.shift == "after":
+        y = temporal_shift(y, case.lengths, case.spec)
+    return y

@@ -65,7 +65,16 @@ def test_bad_fold_div(call):
 
 SPEC = ShiftSpec.latent_shift(12)
 X = torch.zeros(4, 12, 2, 2)
+FILTER = torch.zeros(8, 12, 3, 3)
 CU_FRAMES = torch.tensor([0, 3, 4], dtype=torch.int32)
+
+
+def conv2d(x, filter, **arguments):
+    return lsk.shift_group_norm_silu_conv2d(x, None, None, 4, filter, **arguments)
+
+
+def conv2d_module(conv):
+    return lsk.ShiftGroupNormSiLUConv2d(torch.nn.GroupNorm(4, 12), conv)
 
 
 @pytest.mark.parametrize(
@@ -103,6 +112,25 @@ CU_FRAMES = torch.tensor([0, 3, 4], dtype=torch.int32)
         ),
         (lambda: lsk.shift_add_group_norm_silu(X, None, None, 4, shift="both"), 'must be "before"'),
         (lambda: lsk.ShiftGroupNormSiLU(4, 24, spec=SPEC), "spec is for 12 channels"),
+        (lambda: conv2d(X, FILTER[:, :8]), "filter must be \\(Cout, 12, 3, 3\\)"),
+        (lambda: conv2d(X, FILTER.double()), "cast one of them"),
+        (lambda: conv2d(X, FILTER, skip=X[:, :4]), "filter must be \\(Cout, 16, 3, 3\\)"),
+        (lambda: conv2d(X, FILTER, skip=X[:2]), "skip must be .* but for its channels"),
+        (lambda: conv2d(X, FILTER, residual=X), "residual must be \\(4, 8, 2, 2\\)"),
+        (lambda: conv2d(X, FILTER, out_temb=X[:, :, 0, 0]), "out_temb must be \\(R, 8\\)"),
+        (lambda: conv2d(X, FILTER, out_spec=SPEC, num_frames=2), "12 channels .* has 8"),
+        (
+            lambda: conv2d(
+                X,
+                FILTER,
+                spec=SPEC,
+                out_spec=ShiftSpec.latent_shift(8, boundary="circular"),
+                num_frames=2,
+            ),
+            "need one boundary",
+        ),
+        (lambda: conv2d_module(torch.nn.Conv2d(12, 8, 3)), "must have padding = \\(1, 1\\)"),
+        (lambda: conv2d_module(torch.nn.Conv2d(6, 8, 3, padding=1)), "conv is for 6 channels"),
     ],
 )
 def test_bad_calls(call, message):

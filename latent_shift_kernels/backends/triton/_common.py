@@ -78,6 +78,23 @@ def _target(o_d, i_t, T, BOUNDARY: tl.constexpr):
 
 
 @triton.jit
+def sources_of(
+    o_c,
+    clip,
+    begin1,
+    begin2,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    BOUNDARY: tl.constexpr,
+):
+    """How many frames away each of the channels ``o_c`` comes from, and whether it does."""
+    i_t, T, moved = clip
+    o_t, m_move = _target(_frame_offsets(o_c, begin1, begin2, D0, D1, D2) * moved, i_t, T, BOUNDARY)
+    return o_t - i_t, m_move
+
+
+@triton.jit
 def _outside(o_t, T):
     return (o_t < 0) | (o_t >= T)
 
@@ -313,7 +330,7 @@ class Layout:
         memory_format = reference.memory_format(x)
         # one pixel a frame is channels_last whatever its strides say, and has longer rows that way
         channels_last = memory_format == torch.channels_last or x.shape[2] * x.shape[3] == 1
-        vec = gcd(x.shape[1], 16 // x.element_size()) if channels_last else 1
+        vec = vector_of(x.shape[1], x) if channels_last else 1
         return cls(channels_last, vec, memory_format)
 
     def dense(self, x: Given) -> Given:
@@ -321,6 +338,12 @@ class Layout:
 
     def like(self, x: Tensor) -> Tensor:
         return torch.empty_like(x, memory_format=self.memory_format)
+
+
+def vector_of(channels: int, x: Tensor) -> int:
+    """Channels in 16 bytes of the dtype of ``x``, or the power of two of them that divides
+    ``channels``."""
+    return gcd(channels, 16 // x.element_size())
 
 
 def shift_arguments(
@@ -338,10 +361,8 @@ def shift_arguments(
     """
     if min(sizes) < 0:
         raise RuntimeError(f"slices hold 0 channels or more, got {sizes}")
-    begin1, begin2, vec = sizes[0], sizes[0] + sizes[1], layout.vec
-    # a slice inside a vector would make three
-    while begin1 % vec and begin1 < begin2 and begin2 % vec and begin1 // vec == begin2 // vec:
-        vec //= 2
+    begin1, begin2 = sizes[0], sizes[0] + sizes[1]
+    vec, straddles = vectors(layout.vec, begin1, begin2)
     uneven = cu_frames is not None and any(offsets)
     return {
         "cu_frames_ptr": cu_frames if uneven else None,
@@ -356,11 +377,20 @@ def shift_arguments(
         "D1": offsets[1],
         "D2": offsets[2],
         "BOUNDARY": boundary,
-        "STRADDLES": any(offsets) and (begin1 % vec != 0 or begin2 % vec != 0),
+        "STRADDLES": any(offsets) and straddles,
         "CHANNELS_LAST": layout.channels_last,
         "VEC": vec,
         "ACC": accumulator(x),
     }
+
+
+def vectors(vec: int, begin1: int, begin2: int) -> tuple[int, bool]:
+    """The channels that move together, at most ``vec``, where slices begin at ``begin1`` and
+    ``begin2``, and whether they may lie in two slices."""
+    # a slice inside a vector would make three
+    while begin1 % vec and begin1 < begin2 and begin2 % vec and begin1 // vec == begin2 // vec:
+        vec //= 2
+    return vec, begin1 % vec != 0 or begin2 % vec != 0
 
 
 def dense(table: Given) -> Given:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...ops import check_same, check_shift
+from ...checks import check_same, check_shift
 from ._common import (
     UNSPECIALIZED,
     Layout,

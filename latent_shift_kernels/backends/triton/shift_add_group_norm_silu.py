@@ -37,7 +37,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...ops import check_norm, check_norm_gradients, check_same, check_shift
+from ...checks import check_norm, check_norm_gradients, check_same, check_shift
 from ._common import (
     UNSPECIALIZED,
     Layout,
@@ -96,7 +96,7 @@ def _store_sum(sum_ptr, b_x, o_tile, m_tile, ACC: tl.constexpr):
 
 
 @triton.jit
-def _channel_moments(
+def channel_moments(
     x_ptr,
     residual_ptr,
     sum_ptr,
@@ -161,7 +161,8 @@ def _spread(b_group, m_member):
 
 
 @triton.jit
-def _rstd(b_variance, EPS: tl.constexpr, ACC: tl.constexpr):
+def inverse_std(b_variance, EPS: tl.constexpr, ACC: tl.constexpr):
+    """``1 / sqrt(variance + eps)``."""
     # the approximate rsqrt would be the largest error of the operator in fp32
     if tl.float64 == ACC:
         return 1.0 / tl.sqrt(b_variance + EPS)
@@ -170,7 +171,7 @@ def _rstd(b_variance, EPS: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def _affine(
+def affine(
     weight_ptr,
     bias_ptr,
     ada_scale_ptr,
@@ -334,7 +335,7 @@ def shift_add_group_norm_silu_fwd_kernel(
             gather = gather_of(
                 i_c, clip, frame_size, begin1, begin2, D0, D1, D2, BOUNDARY, VEC, BLOCK_C
             )  # fmt: skip
-            b_mean_c, b_m2_c = _channel_moments(
+            b_mean_c, b_m2_c = channel_moments(
                 x_ptr, residual_ptr, sum_ptr, b_temb, i_p, pixels, P, o_c, m_c, gather,
                 C, CHANNELS_LAST, GATHERED, STRADDLES, BLOCK_P, BLOCK_C, ACC,
             )  # fmt: skip
@@ -358,13 +359,13 @@ def shift_add_group_norm_silu_fwd_kernel(
             b_mean = tl.sum(b_means * b_count[:, None], 0) / tl.cast(P, ACC)
             b_off = b_means - b_mean[None, :]
             b_m2 = tl.sum(b_m2s + b_count[:, None] * CG * b_off * b_off, 0)
-        b_rstd = _rstd(b_m2 / (tl.cast(P, ACC) * CG), EPS, ACC)
+        b_rstd = inverse_std(b_m2 / (tl.cast(P, ACC) * CG), EPS, ACC)
         if i_chunk == 0:
             tl.store(mean_ptr + o_stat, b_mean, mask=m_g)
             tl.store(rstd_ptr + o_stat, b_rstd, mask=m_g)
 
     if STAGE == "resident":
-        b_factor, b_term = _affine(
+        b_factor, b_term = affine(
             weight_ptr, bias_ptr, ada_scale_ptr, ada_shift_ptr, i_n, N, R_SCALE, R_SHIFT,
             o_c, m_c, C, ACC,
         )  # fmt: skip
@@ -390,7 +391,7 @@ def shift_add_group_norm_silu_fwd_kernel(
                 i_c, clip, frame_size, begin1, begin2, -D0, -D1, -D2, SCATTER, VEC, BLOCK_C
             )  # fmt: skip
             b_mean_c = _spread(b_mean, m_member)
-            b_factor, b_term = _affine(
+            b_factor, b_term = affine(
                 weight_ptr, bias_ptr, ada_scale_ptr, ada_shift_ptr, i_n, N, R_SCALE, R_SHIFT,
                 o_c, m_c, C, ACC,
             )  # fmt: skip
@@ -575,7 +576,7 @@ def shift_add_group_norm_silu_bwd_kernel(
         scatter = scatter_of(
             i_c, clip, frame_size, begin1, begin2, D0, D1, D2, REVERSE, VEC, BLOCK_C
         )  # fmt: skip
-        b_factor, b_term = _affine(
+        b_factor, b_term = affine(
             weight_ptr, bias_ptr, ada_scale_ptr, ada_shift_ptr, i_n, N, R_SCALE, R_SHIFT,
             o_c, m_c, C, ACC,
         )  # fmt: skip
@@ -614,7 +615,7 @@ def shift_add_group_norm_silu_bwd_kernel(
             back = gather_of(
                 i_c, clip, frame_size, begin1, begin2, -D0, -D1, -D2, REVERSE, VEC, BLOCK_C
             )  # fmt: skip
-            b_factor, b_term = _affine(
+            b_factor, b_term = affine(
                 weight_ptr, bias_ptr, ada_scale_ptr, ada_shift_ptr, i_n, N, R_SCALE, R_SHIFT,
                 o_c, m_c, C, ACC,
             )  # fmt: skip
@@ -664,7 +665,7 @@ def shift_add_group_norm_silu_bwd_kernel(
             scatter = scatter_of(
                 i_c, clip, frame_size, begin1, begin2, D0, D1, D2, REVERSE, VEC, BLOCK_C
             )  # fmt: skip
-            b_factor, b_term = _affine(
+            b_factor, b_term = affine(
                 weight_ptr, bias_ptr, ada_scale_ptr, ada_shift_ptr, i_n, N, R_SCALE, R_SHIFT,
                 o_c, m_c, C, ACC,
             )  # fmt: skip
@@ -1014,11 +1015,10 @@ def shift_add_group_norm_silu_backward(
     tables = [dense(table) for table in (temb, weight, bias, ada_scale, ada_shift)]
     temb, weight, bias, ada_scale, ada_shift = tables
     mean, rstd = dense(mean), dense(rstd)
-    none = x.new_empty(0)
-    grads = [none if table is None else torch.empty_like(table) for table in tables]
+    grads = [x.new_empty(0) if table is None else torch.empty_like(table) for table in tables]
     shift_before = not shift_after and any(offsets)
     dx = layout.like(x)
-    dresidual = layout.like(x) if is_sum and shift_before else none
+    dresidual = layout.like(x) if is_sum and shift_before else x.new_empty(0)
     if x.numel() == 0:
         for grad in grads:
             grad.zero_()

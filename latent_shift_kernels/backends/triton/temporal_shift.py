@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...ops import check_shift
+from ...checks import check_shift
 from ._common import (
     UNSPECIALIZED,
     Layout,

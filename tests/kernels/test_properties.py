@@ -1,0 +1,46 @@
+"""What holds for any shift of any shape, on shapes that nobody chose."""
+
+import pytest
+import torch
+
+import latent_shift_kernels as lsk
+from latent_shift_kernels import ShiftSpec
+
+from . import naive
+from .cases import LAYOUTS, laid_out, prefix_sums
+
+pytest.importorskip("hypothesis")
+from hypothesis import HealthCheck, given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_adjoint_and_truth_for_any_spec_and_shape(data):
+    """<shift(x), y> == <x, unshift(y)>, and the operator is the definition, whatever the sizes."""
+    if data.draw(st.booleans()):
+        lengths = data.draw(st.lists(st.integers(0, 4), min_size=1, max_size=5).filter(any))
+        clips, single_frame = {"cu_frames": prefix_sums(lengths)}, "identity"
+        frames = sum(lengths)
+    else:
+        lengths = data.draw(st.integers(1, 5))
+        clips = {"num_frames": lengths}
+        single_frame = data.draw(st.sampled_from(["identity", "shift"]))
+        frames = lengths * data.draw(st.integers(1, 3))
+    sizes = data.draw(st.tuples(*[st.integers(0, 9)] * 3).filter(any))
+    spec = ShiftSpec(
+        *sizes,
+        order=data.draw(st.permutations(["prev", "keep", "next"])),
+        boundary=data.draw(st.sampled_from(["zeros", "replicate", "circular"])),
+        single_frame=single_frame,
+    )
+    height, width = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 4))
+    layout = data.draw(st.sampled_from(LAYOUTS))
+    size = (frames, spec.channels, height, width)
+    # Small integers: sums are exact, so equality is.
+    x = laid_out(torch.randint(-8, 9, size).double(), layout).requires_grad_()
+    y = torch.randint(-8, 9, size).double()
+    shifted = lsk.temporal_shift(x, spec, **clips)
+    assert torch.equal(shifted, naive.temporal_shift(x.detach(), lengths, spec))
+    (back,) = torch.autograd.grad(shifted, x, y)
+    assert (shifted * y).sum() == (x * back).sum()
