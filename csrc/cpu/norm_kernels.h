@@ -6,15 +6,16 @@
 //
 // A unit is one frame and one group (NCHW), or one frame and a span of whole groups (channels_last).
 // Its input comes from memory once; mean, centred variance and the activation come out of cache, L2
-// in NCHW. The shift is the frame of the load (before) or of the store (after). While a unit computes
-// exponentials, the next one's input is prefetched.
+// in NCHW. The shift is the frame of the load (before) or of the store (after). While a unit of NCHW
+// computes exponentials, the next one's input is prefetched.
 //
 // channels_last units are cut into slots: vectors of channels that lie in one slice, the last
 // vector of a slice overlapping its predecessor, so that no lane is masked and group boundaries do
-// not matter. Statistics are kept per channel, over blocks of pixels that stay in cache, and merged
-// to frames and groups (Chan et al. 1979).
+// not matter. Statistics are kept per channel and merged to groups (Chan et al. 1979).
 //
-// Statistics are fp32 (fp64 for fp64), two-pass, with the mean of the differences as correction.
+// Statistics are fp32 (fp64 for fp64), sums of the differences from a pivot and of their squares. A
+// sample of the input makes the pivot; where it lies further from the mean than the standard
+// deviation, the mean becomes the pivot of a second pass, so that cancellation costs one bit.
 // All sums run in an order given by the shape alone. Included by the isa_*.cpp files after vec.h.
 #pragma once
 
@@ -106,23 +107,22 @@ LS_FN Route backward_route(const NormArgs& a, int64_t n, int slice) {
   return route;
 }
 
-// silu_of((x - center) * scale + shift) is the activation; scale and shift hold the factor
-// -log2(e). NaNs are made canonical, see Lane<BFloat16>::packed_clean.
-template <typename A>
-struct Line {
-  A center, scale, shift;
-};
-
 template <typename A>
 LS_FN A canonical(A v) {
   return v == v ? v : static_cast<A>(__builtin_nan(""));
 }
 
+// silu_of((x - center) * scale + shift) is the activation of one group's channels [c0, c0 + count);
+// scale and shift hold the factor -log2(e). NaNs are made canonical, see
+// Lane<BFloat16>::packed_clean.
 template <typename A>
-LS_FN Line<A> line_of(const Affine<A>& f, int64_t c, A mean, A rstd) {
+LS_FN void tabulate_lines(const Affine<A>& f, int64_t c0, int64_t count, A mean, A rstd, A* centers,
+                          A* scales, A* shifts) {
   constexpr A kFactor = static_cast<A>(-kLog2E);
-  return {canonical(mean - (f.temb ? f.temb[c] : 0)), canonical(kFactor * (rstd * gain(f, c))),
-          canonical(kFactor * constant(f, c))};
+  tabulate(f, c0, c0 + count, scales, shifts);
+  for (int64_t i = 0; i < count; ++i) centers[i] = canonical(mean - (f.temb ? f.temb[c0 + i] : 0));
+  for (int64_t i = 0; i < count; ++i) scales[i] = canonical(kFactor * (rstd * scales[i]));
+  for (int64_t i = 0; i < count; ++i) shifts[i] = canonical(kFactor * shifts[i]);
 }
 
 template <typename T>
@@ -192,15 +192,18 @@ LS_FN void for_each_vector(int64_t pixels, const Term& term) {
 }
 
 template <typename T>
-static void norm_forward_planes(const NormArgs& a, int64_t begin, int64_t end) {
+static void norm_forward_planes(const NormArgs& a, int64_t begin, int64_t end, char* scratch) {
   typedef typename Lane<T>::Acc A;
   typedef typename Lane<T>::Vec V;
+  constexpr int64_t L = Lane<T>::kLanes;
   const Geometry& g = a.geometry;
   const int64_t P = g.pixels, D = g.channels / a.groups, slab = D * P, frame = g.channels * P;
   const T* x = static_cast<const T*>(a.x);
   const T* residual = static_cast<const T*>(a.residual);
   const T* zeros = static_cast<const T*>(a.zeros);
   T *y = static_cast<T*>(a.y), *sum = static_cast<T*>(a.sum);
+  A* centers = reinterpret_cast<A*>(carve(scratch, 3 * D * sizeof(A)));
+  A *scales = centers + D, *shifts = scales + D;
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t n = unit / a.groups, c0 = unit % a.groups * D;
     Route routes[3];
@@ -218,70 +221,77 @@ static void norm_forward_planes(const NormArgs& a, int64_t begin, int64_t end) {
       if (f.temb || routes[slice].from < 0) return c + 1;
       return a.shift.end[slice] < c0 + D ? a.shift.end[slice] : c0 + D;
     };
-    V total[1] = {};
+    // One pass suffices where the pivot is nearer to the mean than the standard deviation: at first
+    // the mean of a vector of every plane, from the middle of the image.
+    const int64_t middle = P < L ? 0 : P / 2 / L * L, sampled = P < L ? P : L;
+    V sample{};
     A temb_total = 0;
-    for (int64_t c = c0, next; c < c0 + D; c = next) {
-      next = run_end(c);
-      const int64_t pixels = (next - c) * P;
-      const T* source = plane(c);
-      const A temb = f.temb ? f.temb[c] : 0;
-      if (residual) {
-        const T* other = residual + n * frame + c * P;
-        T* stored = sum + n * frame + c * P;
-        accumulate<T>(pixels, total, [&](int64_t i, V* partial, int64_t lanes) {
-          const V v = rounded<T>(load(source + i, lanes) + load(other + i, lanes) + temb);
-          store(stored + i, v, lanes);
-          partial[0] += first_lanes<T>(v, lanes);
-        });
-      } else {
-        accumulate<T>(pixels, total, [&](int64_t i, V* partial, int64_t lanes) {
-          partial[0] += load(source + i, lanes);
-        });
-        temb_total += temb;
-      }
+    for (int64_t c = c0; c < c0 + D; ++c) {
+      sample += load(plane(c) + middle, sampled);
+      if (residual) sample += load(residual + n * frame + c * P + middle, sampled);
+      if (f.temb) temb_total += f.temb[c];
     }
-    if (residual) f.temb = nullptr;  // it is in the stored sum
-    const A pivot = truncated((sum_lanes(total[0]) + temb_total * P) / static_cast<A>(slab));
-
+    A pivot =
+        truncated((sum_lanes(sample) / static_cast<A>(sampled) + temb_total) / static_cast<A>(D));
     const auto input = [&](int64_t c) { return residual ? sum + n * frame + c * P : plane(c); };
-    V moments[2] = {};
-    for (int64_t c = c0, next; c < c0 + D; c = next) {
-      next = run_end(c);
-      const int64_t pixels = (next - c) * P;
-      const T* source = input(c);
-      const A center = pivot - (f.temb ? f.temb[c] : 0);
-      accumulate<T>(pixels, moments, [&](int64_t i, V* partial, int64_t lanes) {
-        const V d = first_lanes<T>(load(source + i, lanes) - center, lanes);
-        partial[0] += d;
-        partial[1] += d * d;
-      });
+    double drift, variance;
+    for (bool first = true;; first = false) {
+      V moments[2] = {};
+      for (int64_t c = c0, next; c < c0 + D; c = next) {
+        next = run_end(c);
+        const int64_t pixels = (next - c) * P;
+        const A temb = f.temb ? f.temb[c] : 0, center = pivot - temb;
+        const auto add = [&](V v, A about, V* partial, int64_t lanes) {
+          const V d = first_lanes<T>(v - about, lanes);
+          partial[0] += d;
+          partial[1] += d * d;
+        };
+        if (residual && first) {
+          const T *source = plane(c), *other = residual + n * frame + c * P;
+          T* stored = sum + n * frame + c * P;
+          accumulate<T>(pixels, moments, [&](int64_t i, V* partial, int64_t lanes) {
+            const V v = rounded<T>(load(source + i, lanes) + load(other + i, lanes) + temb);
+            store(stored + i, v, lanes);
+            add(v, pivot, partial, lanes);
+          });
+        } else {
+          const T* source = input(c);
+          accumulate<T>(pixels, moments, [&](int64_t i, V* partial, int64_t lanes) {
+            add(load(source + i, lanes), center, partial, lanes);
+          });
+        }
+      }
+      if (residual) f.temb = nullptr;  // it is in the stored sum
+      drift = static_cast<double>(sum_lanes(moments[0])) / slab;
+      variance = static_cast<double>(sum_lanes(moments[1])) / slab - drift * drift;
+      if (!first || !(drift * drift > variance)) break;
+      pivot = truncated(static_cast<A>(pivot + drift));
     }
-    const double drift = static_cast<double>(sum_lanes(moments[0])) / slab;
-    const double variance = static_cast<double>(sum_lanes(moments[1])) / slab - drift * drift;
     const A mean = static_cast<A>(pivot + drift);
     const A rstd =
         static_cast<A>(1 / __builtin_sqrt((variance > 0 ? variance : variance * 0) + a.eps));
     static_cast<A*>(a.mean)[unit] = mean;
     static_cast<A*>(a.rstd)[unit] = rstd;
 
+    tabulate_lines(f, c0, D, mean, rstd, centers, scales, shifts);
     for (int64_t c = c0; c < c0 + D; ++c) {
       const T* source = input(c);
       // the next unit's planes follow this one's
       const T* next = plane(c) + slab;
-      const T* next_residual = residual ? residual + n * frame + c * P + slab : nullptr;
+      const T* next_residual = residual ? residual + n * frame + c * P + slab : next;
       const Route& route = routes[slice_of(a.shift, c)];
-      const Line<A> line = line_of(f, c, mean, rstd);
+      const A center = centers[c - c0], scale = scales[c - c0], shift = shifts[c - c0];
       T* to = route.to[0] < 0 ? nullptr : y + route.to[0] * frame + c * P;
       T* again = route.to[1] < 0 ? nullptr : y + route.to[1] * frame + c * P;
       const bool streaming = a.streaming && aligned(to);
       if (to) {
         for_each_vector<T>(P, [&](int64_t i, int64_t lanes) {
           prefetch_l2(next + i);
-          if (next_residual) prefetch_l2(next_residual + i);
-          const V v = silu_of((load(source + i, lanes) - line.center) * line.scale + line.shift);
+          if (residual) prefetch_l2(next_residual + i);
+          const V v = silu_of<T>((load(source + i, lanes) - center) * scale + (V{} + shift));
           write_clean(to + i, v, lanes, streaming);
-          if (again) write_clean(again + i, v, lanes, false);
         });
+        if (again) __builtin_memcpy(again, to, P * sizeof(T));
       }
       if (route.cleared >= 0)
         __builtin_memset(static_cast<void*>(y + route.cleared * frame + c * P), 0, P * sizeof(T));
@@ -291,9 +301,9 @@ static void norm_forward_planes(const NormArgs& a, int64_t begin, int64_t end) {
 }
 
 // What the loss gradient of z is made of: t = -log2(e) * z.
-template <typename V, typename A>
+template <typename T, typename V, typename A>
 LS_FN V silu_gradient(V dy, V t, A) {
-  const V gate = sigmoid_of(t);
+  const V gate = sigmoid_of<T>(t);
   const V z = t * static_cast<A>(-1 / kLog2E);
   return dy * (gate + gate * z * (A{1} - gate));
 }
@@ -343,7 +353,7 @@ static void norm_backward_planes(const NormArgs& a, int64_t begin, int64_t end, 
       accumulate<T>(P, sums, [&](int64_t i, V* partial, int64_t lanes) {
         const V d = load(source + i, lanes) - center;
         // dy is zero behind the last lane
-        const V v = silu_gradient(load(grad + i, lanes), d * scale + shift, A{});
+        const V v = silu_gradient<T>(load(grad + i, lanes), d * scale + shift, A{});
         Lane<A>::store(kept + i, v);
         partial[0] += first_lanes<T>(v, lanes);
         partial[1] += first_lanes<T>(v * d, lanes);
@@ -450,9 +460,15 @@ LS_FN void for_each_slot(const Segments& segments, const Term& term) {
   }
 }
 
-constexpr int64_t kBlock =
-    64;                       // pixels whose statistics are taken together while they are in cache
-constexpr int64_t kStep = 8;  // pixels summed before they are added to a slot's sum
+// Calls term(channel, lanes) for the vectors of a segment of `width` channels.
+template <int L, typename Term>
+LS_FN void for_each_channel(int64_t width, const Term& term) {
+  if (width < L) return term(0, width);
+  for (int64_t c = 0; c < width; c += L) term(c + L > width ? width - L : c, int64_t{L});
+}
+
+constexpr int64_t kBlock = 64;  // pixels summed before they are added to the sums of a frame
+constexpr int64_t kStep = 8;    // pixels summed before they are added to a slot's sum
 
 template <typename T>
 static void norm_forward_rows(const NormArgs& a, int64_t begin, int64_t end, char* scratch) {
@@ -467,24 +483,19 @@ static void norm_forward_rows(const NormArgs& a, int64_t begin, int64_t end, cha
   const T* zeros = static_cast<const T*>(a.zeros);
   T *y = static_cast<T*>(a.y), *sum = static_cast<T*>(a.sum);
   const int64_t most = max_slots(a, L);
-  V* sums = reinterpret_cast<V*>(carve(scratch, most * sizeof(V)));
+  V* sums = reinterpret_cast<V*>(carve(scratch, 2 * most * sizeof(V)));
+  V* moments = reinterpret_cast<V*>(carve(scratch, 2 * most * sizeof(V)));  // of a block
   V* pivots = reinterpret_cast<V*>(carve(scratch, most * sizeof(V)));
-  V* moments = reinterpret_cast<V*>(carve(scratch, 2 * most * sizeof(V)));
-  V* means = reinterpret_cast<V*>(carve(scratch, most * sizeof(V)));    // of the blocks so far
-  V* squares = reinterpret_cast<V*>(carve(scratch, most * sizeof(V)));  // centred, likewise
   V* lines = reinterpret_cast<V*>(carve(scratch, 3 * most * sizeof(V)));
-  constexpr A kFactor = static_cast<A>(-kLog2E);
-  A* channel_means = reinterpret_cast<A*>(carve(scratch, a.span * sizeof(A)));
-  A* channel_squares = reinterpret_cast<A*>(carve(scratch, a.span * sizeof(A)));
-  A* centers = reinterpret_cast<A*>(carve(scratch, a.span * sizeof(A)));
-  A* scales = reinterpret_cast<A*>(carve(scratch, a.span * sizeof(A)));
-  A* shifts = reinterpret_cast<A*>(carve(scratch, a.span * sizeof(A)));
+  T* stage = reinterpret_cast<T*>(carve(scratch, a.span * sizeof(T)));
+  A* channel = reinterpret_cast<A*>(carve(scratch, 6 * a.span * sizeof(A)));
+  A *channel_means = channel, *channel_squares = channel + a.span;
+  A *channel_drifts = channel_squares + a.span, *centers = channel_drifts + a.span;
+  A *scales = centers + a.span, *shifts = scales + a.span;
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t n = unit / units, c0 = unit % units * a.span;
     const int64_t c1 = c0 + a.span < C ? c0 + a.span : C;
     const Segments segments = make_segments(a, L, c0, c1);
-    // input of the next unit, relative to this one's
-    const int64_t ahead = c1 < C ? c1 - c0 : frame - c0;
     Route routes[3];
     Rows<T> sources[3];
     for (int k = 0; k < 3; ++k) {
@@ -497,100 +508,93 @@ static void norm_forward_rows(const NormArgs& a, int64_t begin, int64_t end, cha
       return rows.stride ? rows.p + p * rows.stride + channel : rows.p;
     };
 
-    for (int64_t p0 = 0; p0 < P; p0 += kBlock) {
-      const int64_t p1 = p0 + kBlock < P ? p0 + kBlock : P;
-      for (int64_t j = 0; j < segments.slots; ++j)
-        sums[j] = moments[2 * j] = moments[2 * j + 1] = V{};
-      for (int64_t p = p0; p < p1; p += kStep) {
-        const int64_t count = p1 - p < kStep ? p1 - p : kStep;
+    // One pass suffices where the pivots are nearer to the means than a group's standard deviation:
+    // at first the means of a few pixels from all over the image.
+    const int64_t apart = ceil_div(P, kStep);
+    const A sampled = static_cast<A>(ceil_div(P, apart));
+    for_each_slot<L>(segments, [&](int64_t slot, int64_t channel, int64_t lanes, int slice) {
+      V total{};
+      for (int64_t p = 0; p < P; p += apart) {
+        total += load(at(sources[slice], p, channel), lanes);
+        if (residual) total += load(residual + n * frame + p * C + channel, lanes);
+      }
+      total = total / sampled;
+      if (residual && f.temb) total += load_table<T>(f.temb + channel, lanes);
+      pivots[slot] = truncated(total);
+    });
+    bool again = true;
+    for (bool first = true; again; first = false) {
+      for (int64_t j = 0; j < 2 * segments.slots; ++j) sums[j] = moments[j] = V{};
+      for (int64_t p = 0; p < P; p += kStep) {
+        const int64_t count = P - p < kStep ? P - p : kStep;
         for_each_slot<L>(segments, [&](int64_t slot, int64_t channel, int64_t lanes, int slice) {
-          const T* in = at(sources[slice], p, channel);
-          const int64_t stride = sources[slice].stride;
-          V total{};
-          if (residual) {
+          const Rows<T> rows = first || !residual ? sources[slice] : Rows<T>{sum + n * frame, C};
+          const T* in = at(rows, p, channel);
+          const V pivot = pivots[slot];
+          V total{}, total_squares{};
+          const auto add = [&](V v) {
+            const V d = v - pivot;
+            total += d;
+            total_squares += d * d;
+          };
+          if (residual && first) {
             const V temb = f.temb ? load_table<T>(f.temb + channel, lanes) : V{};
             const T* other = residual + n * frame + p * C + channel;
             T* stored = sum + n * frame + p * C + channel;
             for (int64_t i = 0; i < count; ++i) {
               prefetch_l1(stored + (i + kStep) * C);
               const V v =
-                  rounded<T>(load(in + i * stride, lanes) + load(other + i * C, lanes) + temb);
+                  rounded<T>(load(in + i * rows.stride, lanes) + load(other + i * C, lanes) + temb);
               store(stored + i * C, v, lanes);
-              total += v;
+              add(v);
             }
           } else {
             for (int64_t i = 0; i < count; ++i) {
-              prefetch_l1(in + (i + kStep) * stride);
-              total += load(in + i * stride, lanes);
+              prefetch_l1(in + (i + kStep) * rows.stride);
+              add(load(in + i * rows.stride, lanes));
             }
-          }
-          sums[slot] += total;
-        });
-      }
-      const auto stored_rows = [&](int slice) {
-        return residual ? Rows<T>{sum + n * frame, C} : sources[slice];
-      };
-      const A pixels = static_cast<A>(p1 - p0);
-      for (int64_t j = 0; j < segments.slots; ++j) pivots[j] = truncated(sums[j] / pixels);
-      for (int64_t p = p0; p < p1; p += kStep) {
-        const int64_t count = p1 - p < kStep ? p1 - p : kStep;
-        for_each_slot<L>(segments, [&](int64_t slot, int64_t channel, int64_t lanes, int slice) {
-          const Rows<T> rows = stored_rows(slice);
-          const T* in = at(rows, p, channel);
-          const V pivot = pivots[slot];
-          V total{}, total_squares{};
-          for (int64_t i = 0; i < count; ++i) {
-            const V d = load(in + i * rows.stride, lanes) - pivot;
-            total += d;
-            total_squares += d * d;
           }
           moments[2 * slot] += total;
           moments[2 * slot + 1] += total_squares;
         });
+        if ((p + count) % kBlock == 0 || p + count == P)
+          for (int64_t j = 0; j < 2 * segments.slots; ++j) {
+            sums[j] += moments[j];
+            moments[j] = V{};
+          }
       }
-      // Chan's merge with the blocks before
-      const A weight = pixels / static_cast<A>(p1), between = weight * static_cast<A>(p0);
-      for (int64_t j = 0; j < segments.slots; ++j) {
-        const V drift = moments[2 * j] / pixels;
-        const V mean = pivots[j] + drift, square = moments[2 * j + 1] - drift * moments[2 * j];
-        if (p0 == 0) {
-          means[j] = mean;
-          squares[j] = square;
-        } else {
-          const V step = mean - means[j];
-          means[j] += step * weight;
-          squares[j] += square + step * step * between;
+      if (residual) f.temb = nullptr;  // it is in the stored sum
+      for_each_slot<L>(segments, [&](int64_t slot, int64_t channel, int64_t lanes, int) {
+        const V drift = sums[2 * slot] / static_cast<A>(P), mean = pivots[slot] + drift;
+        store_table<T>(channel_drifts + channel - c0, drift, lanes);
+        store_table<T>(channel_means + channel - c0, mean, lanes);
+        store_table<T>(channel_squares + channel - c0, sums[2 * slot + 1] - drift * sums[2 * slot],
+                       lanes);
+        pivots[slot] = truncated(mean);
+      });
+      if (f.temb)
+        for (int64_t i = 0; i < c1 - c0; ++i) channel_means[i] += f.temb[c0 + i];
+      again = false;
+      for (int64_t c = 0; c < c1 - c0; c += D) {
+        // Chan's merge of D channels of P pixels each
+        double mean = 0, within = 0, between = 0, drift = 0;
+        for (int64_t i = c; i < c + D; ++i) mean += channel_means[i];
+        mean /= D;
+        for (int64_t i = c; i < c + D; ++i) {
+          const double d = channel_means[i] - mean, moved = channel_drifts[i];
+          within += channel_squares[i];
+          between += d * d;
+          drift += moved * moved;
         }
+        const double variance = (within / P + between) / D;
+        again |= first && drift / D > variance;
+        const A group_mean = static_cast<A>(mean);
+        const A rstd =
+            static_cast<A>(1 / __builtin_sqrt((variance > 0 ? variance : variance * 0) + a.eps));
+        static_cast<A*>(a.mean)[n * a.groups + (c0 + c) / D] = group_mean;
+        static_cast<A*>(a.rstd)[n * a.groups + (c0 + c) / D] = rstd;
+        tabulate_lines(f, c0 + c, D, group_mean, rstd, centers + c, scales + c, shifts + c);
       }
-    }
-    if (residual) f.temb = nullptr;  // it is in the stored sum
-    for_each_slot<L>(segments, [&](int64_t slot, int64_t channel, int64_t lanes, int) {
-      store_table<T>(channel_means + channel - c0, means[slot], lanes);
-      store_table<T>(channel_squares + channel - c0, squares[slot], lanes);
-    });
-
-    tabulate(f, c0, c1, scales, shifts);
-    if (f.temb)
-      for (int64_t i = 0; i < c1 - c0; ++i) channel_means[i] += f.temb[c0 + i];
-    for (int64_t c = 0; c < c1 - c0; c += D) {
-      // Chan's merge of D channels of P pixels each
-      double mean = 0, total = 0;
-      for (int64_t i = c; i < c + D; ++i) mean += channel_means[i];
-      mean /= D;
-      for (int64_t i = c; i < c + D; ++i) {
-        const double d = channel_means[i] - mean;
-        total += channel_squares[i] + P * d * d;
-      }
-      const double variance = total / (static_cast<double>(D) * P);
-      const A group_mean = static_cast<A>(mean);
-      const A rstd =
-          static_cast<A>(1 / __builtin_sqrt((variance > 0 ? variance : variance * 0) + a.eps));
-      static_cast<A*>(a.mean)[n * a.groups + (c0 + c) / D] = group_mean;
-      static_cast<A*>(a.rstd)[n * a.groups + (c0 + c) / D] = rstd;
-      for (int64_t i = c; i < c + D; ++i)
-        centers[i] = canonical(group_mean - (f.temb ? f.temb[c0 + i] : 0));
-      for (int64_t i = c; i < c + D; ++i) scales[i] = canonical(kFactor * (rstd * scales[i]));
-      for (int64_t i = c; i < c + D; ++i) shifts[i] = canonical(kFactor * shifts[i]);
     }
     for_each_slot<L>(segments, [&](int64_t slot, int64_t channel, int64_t lanes, int) {
       lines[3 * slot] = load_table<T>(centers + channel - c0, lanes);
@@ -598,6 +602,9 @@ static void norm_forward_rows(const NormArgs& a, int64_t begin, int64_t end, cha
       lines[3 * slot + 2] = load_table<T>(shifts + channel - c0, lanes);
     });
 
+    // Whole rows that will not be read soon are put together in L1 and leave it as whole lines.
+    const bool streaming = a.streaming && !a.shift_after && a.span == C;
+    RunWriter out(reinterpret_cast<char*>(y + n * frame), streaming);
     for (int64_t p = 0; p < P; ++p) {
       for (int s = 0; s < segments.count; ++s) {
         const Segment& segment = segments.of[s];
@@ -607,28 +614,29 @@ static void norm_forward_rows(const NormArgs& a, int64_t begin, int64_t end, cha
           const Rows<T> rows = residual ? Rows<T>{sum + n * frame, C} : sources[segment.slice];
           const T* in = at(rows, p, segment.begin);
           const int64_t step = rows.stride ? 1 : 0;
-          const T* next = x + (route.from < 0 ? n : route.from) * frame + row + ahead;
-          const T* next_residual = residual ? residual + n * frame + row + ahead : nullptr;
-          T* to = y + route.to[0] * frame + row;
-          T* again = route.to[1] < 0 ? nullptr : y + route.to[1] * frame + row;
+          T* to = streaming ? stage + segment.begin : y + route.to[0] * frame + row;
+          const int64_t touch = streaming ? 0 : 2 * C;
           const V* line = lines + 3 * segment.first;
-          for (int64_t j = 0; j < segment.slots; ++j, line += 3) {
-            const int64_t c = segment.channel(j, L) - segment.begin;
-            prefetch_l2(next + c);
-            if (next_residual) prefetch_l2(next_residual + c);
+          const auto activate = [&](int64_t c, int64_t lanes) {
             prefetch_l1(in + c * step + 2 * rows.stride);
-            prefetch_l1(to + c + 2 * C);
-            const V v = silu_of((load(in + c * step, segment.lanes) - line[0]) * line[1] + line[2]);
-            write_clean(to + c, v, segment.lanes, false);
-            if (again) write_clean(again + c, v, segment.lanes, false);
-          }
+            prefetch_l1(to + c + touch);
+            const V v = silu_of<T>((load(in + c * step, lanes) - line[0]) * line[1] + line[2]);
+            write_clean(to + c, v, lanes, false);
+            line += 3;
+          };
+          for_each_channel<L>(width, activate);
+          if (route.to[1] >= 0)
+            __builtin_memcpy(y + route.to[1] * frame + row, to, width * sizeof(T));
         }
         if (route.cleared >= 0)
           __builtin_memset(static_cast<void*>(y + route.cleared * frame + row), 0,
                            width * sizeof(T));
       }
+      if (streaming) out.write(reinterpret_cast<const char*>(stage), C * sizeof(T));
     }
+    out.finish();
   }
+  if (a.streaming) stream_fence();
 }
 
 template <typename T>
@@ -661,7 +669,6 @@ static void norm_backward_rows(const NormArgs& a, int64_t begin, int64_t end, ch
     const int64_t c1 = c0 + a.span < C ? c0 + a.span : C;
     const Segments segments = make_segments(a, L, c0, c1);
     const int64_t slots = segments.slots;
-    const int64_t ahead = c1 < C ? c1 - c0 : frame - c0;
     Route routes[3];
     Rows<T> sources[3], grads[3];
     for (int k = 0; k < 3; ++k) {
@@ -709,7 +716,7 @@ static void norm_backward_rows(const NormArgs& a, int64_t begin, int64_t end, ch
           prefetch_l1(in + (i + kStep) * stride);
           prefetch_l1(grad + (i + kStep) * grad_stride);
           const V d = load(in + i * stride, lanes) - center;
-          const V v = silu_gradient(load(grad + i * grad_stride, lanes), d * scale + shift, A{});
+          const V v = silu_gradient<T>(load(grad + i * grad_stride, lanes), d * scale + shift, A{});
           dz[(p + i) * slots + slot] = v;
           total += v;
           total_d += v * d;
@@ -754,9 +761,6 @@ static void norm_backward_rows(const NormArgs& a, int64_t begin, int64_t end, ch
         const Rows<T> rows = sources[segment.slice];
         const T* in = at(rows, p, segment.begin);
         const int64_t step = rows.stride ? 1 : 0;
-        const T* next = (rows.stride ? rows.p : x + n * frame) + row + ahead;
-        const T* next_grad =
-            (route.from < 0 ? dy + n * frame : dy + route.from * frame) + row + ahead;
         T* to = route.to[0] < 0 ? nullptr : dx + route.to[0] * frame + row;
         T* again = dresidual ? dresidual + n * frame + row : nullptr;
         const T* extra = dsum ? dsum + n * frame + row : nullptr;
@@ -764,8 +768,6 @@ static void norm_backward_rows(const NormArgs& a, int64_t begin, int64_t end, ch
         for (int64_t j = 0; j < segment.slots; ++j) {
           const int64_t c = segment.channel(j, L) - segment.begin;
           const V* table = tables + 4 * (segment.first + j);
-          prefetch_l2(next + c);
-          prefetch_l2(next_grad + c);
           prefetch_l1(in + c * step + 2 * rows.stride);
           if (to) prefetch_l1(to + c + 2 * C);
           V v = (load(in + c * step, lanes) - table[0]) * table[2] + table[3];
@@ -793,7 +795,7 @@ static void norm_forward_typed(const NormArgs& a, int64_t begin, int64_t end, ch
   if (a.geometry.channels_last) {
     norm_forward_rows<T>(a, begin, end, scratch);
   } else {
-    norm_forward_planes<T>(a, begin, end);
+    norm_forward_planes<T>(a, begin, end, scratch);
   }
 }
 
@@ -819,9 +821,10 @@ static size_t norm_scratch(const NormArgs& a, bool backward) {
   const int64_t size = g.dtype == DType::kDouble ? 8 : 4, lanes = 2 * LS_BYTES / size;
   const int64_t vector = lanes * size;
   if (!g.channels_last)
-    return backward ? g.channels / a.groups * ceil_div(g.pixels, lanes) * vector + 64 : 64;
+    return backward ? g.channels / a.groups * ceil_div(g.pixels, lanes) * vector + 64
+                    : 3 * g.channels / a.groups * size + 64;
   const int64_t most = max_slots(a, lanes);
-  return most * vector * (10 + (backward ? g.pixels : 0)) + 5 * a.span * size + 16 * 64;
+  return most * vector * (10 + (backward ? g.pixels : 0)) + 7 * a.span * size + 16 * 64;
 }
 
 }  // namespace

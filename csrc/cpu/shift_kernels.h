@@ -11,35 +11,80 @@ namespace {
 
 typedef char Bytes __attribute__((vector_size(LS_BYTES)));
 
-LS_FN void copy_bytes(char* to, const char* from, int64_t count, bool streaming) {
-  int64_t i = 0;
-  if (count < LS_BYTES) {
+constexpr int64_t kLine = 64;
+
+LS_FN void copy_line(char* to, const char* from, bool streaming) {
+  for (int64_t i = 0; i < kLine; i += LS_BYTES) {
+    Bytes v;
+    __builtin_memcpy(&v, from + i, LS_BYTES);
+    if (streaming) {
+      stream_bytes(to + i, v);
+    } else {
+      __builtin_memcpy(to + i, &v, LS_BYTES);
+    }
+  }
+}
+
+LS_FN void copy_run(char* to, const char* from, int64_t count) {
+  if (count < kLine) {
     __builtin_memcpy(to, from, count);
     return;
   }
-  Bytes last;
-  __builtin_memcpy(&last, from + count - LS_BYTES, LS_BYTES);
-  if (streaming) {
-    // up to a register boundary, then aligned stores that bypass the cache
-    Bytes first;
-    __builtin_memcpy(&first, from, LS_BYTES);
-    __builtin_memcpy(to, &first, LS_BYTES);
-    i = LS_BYTES - (reinterpret_cast<uintptr_t>(to) & (LS_BYTES - 1));
-    for (; i + 2 * LS_BYTES <= count; i += 2 * LS_BYTES) {
-      Bytes a, b;
-      __builtin_memcpy(&a, from + i, LS_BYTES);
-      __builtin_memcpy(&b, from + i + LS_BYTES, LS_BYTES);
-      stream_bytes(to + i, a);
-      stream_bytes(to + i + LS_BYTES, b);
-    }
-  }
-  for (; i + LS_BYTES <= count; i += LS_BYTES) {
-    Bytes a;
-    __builtin_memcpy(&a, from + i, LS_BYTES);
-    __builtin_memcpy(to + i, &a, LS_BYTES);
-  }
-  __builtin_memcpy(to + count - LS_BYTES, &last, LS_BYTES);
+  for (int64_t i = 0; i + kLine <= count; i += kLine) copy_line(to + i, from + i, false);
+  copy_line(to + count - kLine, from + count - kLine, false);
 }
+
+// Puts runs one behind the other in memory. Past the cache, whole lines at a time: a line in which a
+// run ends waits for the next run.
+struct RunWriter {
+  alignas(64) char around[3 * kLine];  // a line, and what whole copies write around it
+  char* const line = around + kLine;
+  char* to;                    // where the next run goes; past the cache, where the line goes
+  int64_t skip = 0, held = 0;  // bytes of the line before the first run, and in all
+  const bool streaming;
+
+  LS_MEMBER RunWriter(char* first, bool streaming) : to(first), streaming(streaming) {
+    if (streaming) skip = held = reinterpret_cast<uintptr_t>(first) & (kLine - 1);
+    to -= skip;
+  }
+
+  LS_MEMBER void write(const char* from, int64_t count) {
+    if (!streaming) {
+      copy_run(to, from, count);
+      to += count;
+      return;
+    }
+    const bool whole = count >= kLine;
+    if (held > 0) {
+      const int64_t missing = kLine - held < count ? kLine - held : count;
+      if (whole) {
+        copy_line(line + held, from, false);
+      } else {
+        __builtin_memcpy(line + held, from, missing);
+      }
+      held += missing, from += missing, count -= missing;
+      if (held < kLine) return;
+      if (skip > 0) {
+        finish();
+      } else {
+        copy_line(to, line, true);
+      }
+      held = 0, to += kLine;
+    }
+    for (; count >= kLine; count -= kLine, from += kLine, to += kLine) copy_line(to, from, true);
+    if (whole) {
+      copy_line(line + count - kLine, from + count - kLine, false);
+    } else {
+      __builtin_memcpy(line, from, count);
+    }
+    held = count;
+  }
+
+  LS_MEMBER void finish() {
+    __builtin_memcpy(to + skip, line + skip, held - skip);
+    skip = 0;
+  }
+};
 
 // (a + b) * scale in the accumulate type; b may be null.
 template <typename T>
@@ -63,6 +108,13 @@ LS_FN void add_run(T* to, const T* a, const T* b, double scale, int64_t count) {
     store(to + i, sum * factor, lanes);
     i += lanes;
   }
+}
+
+// The first element of a frame's part.
+LS_FN int64_t unit_begin(const ShiftArgs& a, int64_t units, int64_t part) {
+  const Geometry& g = a.geometry;
+  if (g.channels_last) return part * ceil_div(g.pixels, units) * g.channels;
+  return part * ceil_div(g.channels * g.pixels, units);
 }
 
 // Calls run(slice, first element of the frame, element count) for every contiguous run of a frame's
@@ -133,64 +185,30 @@ static void add_shifted(const ShiftArgs& a, int64_t begin, int64_t end) {
   }
 }
 
-// channels_last past the cache: rows are put together in L1 and leave it as whole lines.
-static void shift_rows_streaming(const ShiftArgs& a, int64_t begin, int64_t end) {
-  constexpr int64_t kStage = 16 << 10;
-  alignas(64) char stage[kStage];
-  const Geometry& g = a.geometry;
-  const int64_t row = g.channels * a.element_size, rows = kStage / row;
-  const int64_t units = shift_units(a), per_unit = ceil_div(g.pixels, units);
-  const char* x = static_cast<const char*>(a.x);
-  char* y = static_cast<char*>(a.y);
-  for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t n = unit / units;
-    const int64_t first = unit % units * per_unit;
-    const int64_t last = first + per_unit < g.pixels ? first + per_unit : g.pixels;
-    for (int64_t p = first; p < last; p += rows) {
-      const int64_t count = last - p < rows ? last - p : rows;
-      for (int k = 0; k < 3; ++k) {
-        const int64_t at = slice_begin(a.shift, k) * a.element_size;
-        const int64_t size = a.shift.end[k] * a.element_size - at;
-        const int64_t source = source_frame(a.shift, n, a.shift.offset[k]);
-        const char* from = x + (source * g.pixels + p) * row + at;
-        for (int64_t i = 0; i < count; ++i) {
-          if (source < 0) {
-            __builtin_memset(stage + i * row + at, 0, size);
-          } else {
-            copy_bytes(stage + i * row + at, from + i * row, size, false);
-          }
-        }
-      }
-      copy_bytes(y + (n * g.pixels + p) * row, stage, count * row, true);
-    }
-  }
-}
-
 static void shift(const ShiftArgs& a, int64_t begin, int64_t end) {
   if (a.add_ends) {
     LS_DISPATCH(a.geometry.dtype, add_ends, a, begin, end)
   }
-  if (a.streaming && a.geometry.channels_last && a.geometry.channels * a.element_size <= 4096) {
-    shift_rows_streaming(a, begin, end);
-    return stream_fence();
-  }
+  alignas(64) static const char kZeros[4096] = {};
   const int64_t size = a.element_size, stride = a.geometry.channels * a.geometry.pixels * size;
   const char* x = static_cast<const char*>(a.x);
-  char* y = static_cast<char*>(a.y);
   const int64_t units = shift_units(a);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t n = unit / units;
-    int64_t source[3];
-    for (int k = 0; k < 3; ++k) source[k] = source_frame(a.shift, n, a.shift.offset[k]);
+    const char* source[3];
+    for (int k = 0; k < 3; ++k) {
+      const int64_t from = source_frame(a.shift, n, a.shift.offset[k]);
+      source[k] = from < 0 ? nullptr : x + from * stride;
+    }
+    RunWriter out(static_cast<char*>(a.y) + n * stride + unit_begin(a, units, unit % units) * size,
+                  a.streaming);
     for_each_run(a, units, unit % units, [&](int k, int64_t first, int64_t count) {
-      char* to = y + n * stride + first * size;
-      if (source[k] < 0) {
-        __builtin_memset(to, 0, count * size);
-      } else {
-        copy_bytes(to, x + source[k] * stride + first * size, count * size,
-                   a.streaming && !a.geometry.channels_last);
-      }
+      if (source[k]) return out.write(source[k] + first * size, count * size);
+      constexpr int64_t kMost = sizeof(kZeros);
+      for (int64_t left = count * size; left > 0; left -= kMost)
+        out.write(kZeros, left < kMost ? left : kMost);
     });
+    out.finish();
   }
   if (a.streaming) stream_fence();
 }

@@ -7,8 +7,8 @@
 // here can be merged with another target's code.
 //
 // 2^t = 2^n * p(t - n) with n the nearest integer, 2^n by exponent bits, p of degree 6 in fp32
-// (relative error 2e-9 before rounding) and 13 in fp64; +inf above the range, NaN kept, saturated
-// at 2^-125 (2^-1020) below.
+// (relative error 2e-9 before rounding), 4 for results in 16 bits (3e-6) and 13 in fp64; +inf above
+// the range, NaN kept, saturated at 2^-125 (2^-1020) below.
 #pragma once
 
 #if !defined(LS_ISA) || !defined(LS_BYTES)
@@ -20,6 +20,7 @@ namespace LS_ISA {
 namespace {
 
 #define LS_FN static inline __attribute__((always_inline))
+#define LS_MEMBER inline __attribute__((always_inline))
 
 constexpr int kFloatLanes = LS_BYTES / 4;
 constexpr int kDoubleLanes = LS_BYTES / 8;
@@ -344,7 +345,8 @@ LS_FN DoubleVec clamp(DoubleVec x, double low, double high) {
 
 constexpr double kLog2E = 1.4426950408889634;
 
-// offset + factor * 2^t
+// offset + factor * 2^t, as exact as a T is
+template <typename T>
 LS_FN FloatPair exp2_plus(FloatPair t, float factor, float offset) {
   const FloatPair x{clamp(t.a, -125.0f, 129.0f), clamp(t.b, -125.0f, 129.0f)};
   // 1.5 * 2^23 + 126 leaves round(x) + 126 in the low bits
@@ -352,17 +354,25 @@ LS_FN FloatPair exp2_plus(FloatPair t, float factor, float offset) {
   const FloatPair r = x - (shifted - 12583038.0f);
   // twice the polynomial times 2^(n-1), which stays finite for n = 128
   const float f = 2 * factor;
-  FloatPair p = r * (f * 1.5345812e-4f) + f * 1.3399931e-3f;
-  p = p * r + f * 9.6184890e-3f;
-  p = p * r + f * 5.5503288e-2f;
-  p = p * r + f * 2.4022647e-1f;
-  p = p * r + f * 6.9314721e-1f;
+  FloatPair p;
+  if constexpr (sizeof(T) == 2) {
+    p = r * (f * 9.5828520e-3f) + f * 5.5906426e-2f;
+    p = p * r + f * 2.4024099e-1f;
+    p = p * r + f * 6.9312418e-1f;
+  } else {
+    p = r * (f * 1.5345812e-4f) + f * 1.3399931e-3f;
+    p = p * r + f * 9.6184890e-3f;
+    p = p * r + f * 5.5503288e-2f;
+    p = p * r + f * 2.4022647e-1f;
+    p = p * r + f * 6.9314721e-1f;
+  }
   p = p * r + f;
   const FloatPair power{bit_cast<FloatVec>(bit_cast<UIntVec>(shifted.a) << 23),
                         bit_cast<FloatVec>(bit_cast<UIntVec>(shifted.b) << 23)};
   return p * power + (FloatPair{} + offset);
 }
 
+template <typename T>
 LS_FN DoublePair exp2_plus(DoublePair t, double factor, double offset) {
   const DoublePair x{clamp(t.a, -1020.0, 1025.0), clamp(t.b, -1020.0, 1025.0)};
   const DoublePair shifted = x + (6755399441055744.0 + 1022.0);
@@ -391,14 +401,14 @@ LS_FN DoublePair exp2_plus(DoublePair t, double factor, double offset) {
 
 // silu(z) = z * sigmoid(z) and sigmoid(z) of t = -z * log2(e): the caller folds the factor into
 // what makes z. -inf gives NaN, as in torch; z beyond 2^127 counts as infinite.
-template <typename R, typename A>
+template <typename T, typename R, typename A>
 LS_FN Pair<R, A> silu_of(Pair<R, A> t) {
   constexpr A kFactor = static_cast<A>(-kLog2E);
-  return t / exp2_plus(t, kFactor, kFactor);
+  return t / exp2_plus<T>(t, kFactor, kFactor);
 }
-template <typename R, typename A>
+template <typename T, typename R, typename A>
 LS_FN Pair<R, A> sigmoid_of(Pair<R, A> t) {
-  return A{1} / exp2_plus(t, A{1}, A{1});
+  return A{1} / exp2_plus<T>(t, A{1}, A{1});
 }
 
 #define LS_DISPATCH(dtype, function, ...)                          \

@@ -32,21 +32,25 @@ static void map(const T* x, T* y, int64_t count, F f) {
 
 // z -> silu(z), sigmoid(z)
 EXPORT void silu_float(const float* x, float* y, int64_t count) {
-  map(x, y, count, [](FloatPair z) { return silu_of(z * static_cast<float>(-kLog2E)); });
+  map(x, y, count, [](FloatPair z) { return silu_of<float>(z * static_cast<float>(-kLog2E)); });
 }
 EXPORT void silu_double(const double* x, double* y, int64_t count) {
-  map(x, y, count, [](DoublePair z) { return silu_of(z * -kLog2E); });
+  map(x, y, count, [](DoublePair z) { return silu_of<double>(z * -kLog2E); });
 }
 // t -> 1 + 2^t
 EXPORT void exp2_plus_one_float(const float* x, float* y, int64_t count) {
-  map(x, y, count, [](FloatPair t) { return exp2_plus(t, 1.0f, 1.0f); });
+  map(x, y, count, [](FloatPair t) { return exp2_plus<float>(t, 1.0f, 1.0f); });
 }
 // t -> 2^t
 EXPORT void exp2_float(const float* x, float* y, int64_t count) {
-  map(x, y, count, [](FloatPair t) { return exp2_plus(t, 1.0f, 0.0f); });
+  map(x, y, count, [](FloatPair t) { return exp2_plus<float>(t, 1.0f, 0.0f); });
+}
+// likewise, as exact as a 16-bit result needs
+EXPORT void exp2_short(const float* x, float* y, int64_t count) {
+  map(x, y, count, [](FloatPair t) { return exp2_plus<Half>(t, 1.0f, 0.0f); });
 }
 EXPORT void exp2_double(const double* x, double* y, int64_t count) {
-  map(x, y, count, [](DoublePair t) { return exp2_plus(t, 1.0, 0.0); });
+  map(x, y, count, [](DoublePair t) { return exp2_plus<double>(t, 1.0, 0.0); });
 }
 
 // 16-bit numbers to float and back, in element order
