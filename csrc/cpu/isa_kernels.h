@@ -5,9 +5,8 @@
 #include "kernels.h"
 #include "vec.h"
 // vec.h first
-#include "shift_kernels.h"
-// shift_kernels.h first
 #include "norm_kernels.h"
+#include "shift_kernels.h"
 
 #define LS_STRING(name) #name
 #define LS_NAME(name) LS_STRING(name)

@@ -487,7 +487,6 @@ static void norm_forward_rows(const NormArgs& a, int64_t begin, int64_t end, cha
   V* moments = reinterpret_cast<V*>(carve(scratch, 2 * most * sizeof(V)));  // of a block
   V* pivots = reinterpret_cast<V*>(carve(scratch, most * sizeof(V)));
   V* lines = reinterpret_cast<V*>(carve(scratch, 3 * most * sizeof(V)));
-  T* stage = reinterpret_cast<T*>(carve(scratch, a.span * sizeof(T)));
   A* channel = reinterpret_cast<A*>(carve(scratch, 6 * a.span * sizeof(A)));
   A *channel_means = channel, *channel_squares = channel + a.span;
   A *channel_drifts = channel_squares + a.span, *centers = channel_drifts + a.span;
@@ -602,9 +601,6 @@ static void norm_forward_rows(const NormArgs& a, int64_t begin, int64_t end, cha
       lines[3 * slot + 2] = load_table<T>(shifts + channel - c0, lanes);
     });
 
-    // Whole rows that will not be read soon are put together in L1 and leave it as whole lines.
-    const bool streaming = a.streaming && !a.shift_after && a.span == C;
-    RunWriter out(reinterpret_cast<char*>(y + n * frame), streaming);
     for (int64_t p = 0; p < P; ++p) {
       for (int s = 0; s < segments.count; ++s) {
         const Segment& segment = segments.of[s];
@@ -614,12 +610,11 @@ static void norm_forward_rows(const NormArgs& a, int64_t begin, int64_t end, cha
           const Rows<T> rows = residual ? Rows<T>{sum + n * frame, C} : sources[segment.slice];
           const T* in = at(rows, p, segment.begin);
           const int64_t step = rows.stride ? 1 : 0;
-          T* to = streaming ? stage + segment.begin : y + route.to[0] * frame + row;
-          const int64_t touch = streaming ? 0 : 2 * C;
+          T* to = y + route.to[0] * frame + row;
           const V* line = lines + 3 * segment.first;
           const auto activate = [&](int64_t c, int64_t lanes) {
             prefetch_l1(in + c * step + 2 * rows.stride);
-            prefetch_l1(to + c + touch);
+            prefetch_l1(to + c + 2 * C);
             const V v = silu_of<T>((load(in + c * step, lanes) - line[0]) * line[1] + line[2]);
             write_clean(to + c, v, lanes, false);
             line += 3;
@@ -632,11 +627,8 @@ static void norm_forward_rows(const NormArgs& a, int64_t begin, int64_t end, cha
           __builtin_memset(static_cast<void*>(y + route.cleared * frame + row), 0,
                            width * sizeof(T));
       }
-      if (streaming) out.write(reinterpret_cast<const char*>(stage), C * sizeof(T));
     }
-    out.finish();
   }
-  if (a.streaming) stream_fence();
 }
 
 template <typename T>
@@ -824,7 +816,7 @@ static size_t norm_scratch(const NormArgs& a, bool backward) {
     return backward ? g.channels / a.groups * ceil_div(g.pixels, lanes) * vector + 64
                     : 3 * g.channels / a.groups * size + 64;
   const int64_t most = max_slots(a, lanes);
-  return most * vector * (10 + (backward ? g.pixels : 0)) + 7 * a.span * size + 16 * 64;
+  return most * vector * (10 + (backward ? g.pixels : 0)) + 6 * a.span * size + 16 * 64;
 }
 
 }  // namespace

@@ -10,7 +10,7 @@
 namespace latent_shift {
 
 // Outputs larger than this bypass the cache: they would evict it before anybody reads them.
-constexpr int64_t kStreamingBytes = int64_t{16} << 20;
+constexpr int64_t kStreamingBytes = int64_t{8} << 20;
 
 inline bool is_channels_last(const Tensor& x) {  // reference.memory_format
   return x.stride(1) == 1 && !x.is_contiguous();
