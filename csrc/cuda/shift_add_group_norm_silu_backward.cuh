@@ -51,8 +51,8 @@ struct NormBackwardParams {
   NormTables tables;
   const void *mean, *rstd;
   void *own, *moved;   // ds in its frame, and in the frames the shift took it from
-  void* channel_sums;  // (2, frames, tiles, channels): dz, dz * xhat
-  void* ds_sums;       // (frames, tiles, channels)
+  void* channel_sums;  // (2, frames, tiles of pixels, channels): dz, dz * xhat
+  void* ds_sums;       // (frames, tiles of pixels, channels)
   void* group_sums;    // (frames, tiles, groups, 2): dxhat, dxhat * xhat
   void* merged;        // (frames, groups, 2)
 };
@@ -147,6 +147,8 @@ __global__ void __launch_bounds__(kNormThreads, 1)
 
   const int64_t tiles = int64_t{p.tiling.tiles_c} * p.tiling.tiles_p;
   const int64_t row = tile.frame * tiles + tile.index;
+  // tiles that hold parts of the channels share a row of sums per channel
+  const int64_t channel_row = tile.frame * p.tiling.tiles_p + tile.index % p.tiling.tiles_p;
   const A count = A(group_channels) * A(sizes.pixels);
   const auto keep_means = [&](int32_t g, A dxhat, A dxhat_xhat) {
     mean_dxhat[g] = dxhat / count * rstd[g];
@@ -184,9 +186,10 @@ __global__ void __launch_bounds__(kNormThreads, 1)
       const A dz_xhat = channel_sum(scratch + rows * tile.channels, tile.channels, rows, i) *
                         rstd[i / group_channels];
       if (p.channel_sums) {
-        A* sums = static_cast<A*>(p.channel_sums) + row * sizes.channels + tile.first_channel + i;
+        A* sums =
+            static_cast<A*>(p.channel_sums) + channel_row * sizes.channels + tile.first_channel + i;
         sums[0] = dz;
-        sums[sizes.frames * tiles * sizes.channels] = dz_xhat;
+        sums[sizes.frames * p.tiling.tiles_p * sizes.channels] = dz_xhat;
       }
       channel_sums[i] = dz * factor[i];
       channel_sums[tile.channels + i] = dz_xhat * factor[i];
@@ -260,7 +263,7 @@ __global__ void __launch_bounds__(kNormThreads, 1)
   });
   if (p.ds_sums) {
     __syncthreads();
-    A* sums = static_cast<A*>(p.ds_sums) + row * sizes.channels + tile.first_channel;
+    A* sums = static_cast<A*>(p.ds_sums) + channel_row * sizes.channels + tile.first_channel;
     for (int32_t i = threadIdx.x; i < tile.channels; i += blockDim.x)
       sums[i] = channel_sum(scratch, tile.channels, rows, i);
   }
@@ -389,12 +392,12 @@ struct NormBackwardWorkspace {
   int64_t channel_sums, ds_sums, group_sums, merged;  // numbers
 
   NormBackwardWorkspace(const NormBackwardArgs& args, const NormPlan& plan) {
-    const int64_t rows = args.shape.frames * plan.tiles();
+    const int64_t rows = args.shape.frames * plan.tiling.tiles_p;
     const bool summed =
         args.dweight.data || args.dbias.data || args.dada_scale.data || args.dada_shift.data;
     channel_sums = summed ? 2 * rows * args.shape.channels : 0;
     ds_sums = args.dtemb.data ? rows * args.shape.channels : 0;
-    group_sums = plan.split ? 2 * rows * args.shape.groups : 0;
+    group_sums = plan.split ? 2 * args.shape.frames * plan.tiles() * args.shape.groups : 0;
     merged = plan.split ? 2 * args.shape.frames * args.shape.groups : 0;
   }
 };
@@ -474,11 +477,11 @@ void launch_norm_backward(Launcher& launcher, const NormBackwardArgs& args, cons
     temporal_shift(launcher, {flat, shape.dtype, size_of(shape.dtype), true, params.own, args.dx});
   }
   if (!params.channel_sums && !params.ds_sums) return;
-  const NormParameterParams parameters{shape.frames,       plan.tiles(),     shape.channels,
-                                       args.tables.weight, args.tables.bias, args.tables.ada_scale,
-                                       args.dtemb,         args.dweight,     args.dbias,
-                                       args.dada_scale,    args.dada_shift,  params.channel_sums,
-                                       params.ds_sums};
+  const NormParameterParams parameters{
+      shape.frames,     plan.tiling.tiles_p,   shape.channels,  args.tables.weight,
+      args.tables.bias, args.tables.ada_scale, args.dtemb,      args.dweight,
+      args.dbias,       args.dada_scale,       args.dada_shift, params.channel_sums,
+      params.ds_sums};
   int64_t jobs = 1;
   for (const NormGradient* table : {&args.dtemb, &args.dada_scale, &args.dada_shift})
     jobs += table->data ? table->rows : 0;
