@@ -392,8 +392,8 @@ struct As {
   bool async;
 };
 
-// Bounds, initialisation and order of an access to shared memory; `required` is the state that the
-// bytes must not have beyond the pending one.
+// Bounds, initialisation and order of an access to shared memory; `as` where it is on behalf of an
+// agent.
 void check_shared(uintptr_t address, size_t bytes, bool write, std::optional<As> as = {}) {
   Fiber& f = *current;
   const uintptr_t offset = address - m.shared_base;
@@ -406,7 +406,7 @@ void check_shared(uintptr_t address, size_t bytes, bool write, std::optional<As>
     if (block.live == 0)
       fault(
           say(write ? "write of " : "read of ", shared_text(address, bytes), ", which has exited"));
-    block.remote[f.time.id] = f.time.epoch;
+    if (m.options.races) block.remote[f.time.id] = f.time.epoch;
   }
   uint8_t* state = m.states + offset;
   for (size_t i = 0; i < bytes; ++i) {

@@ -322,16 +322,11 @@ def test_kernels_without_their_faults_pass(host, kernel, seed):
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize(
-    "kernel, fault, report",
-    [
-        (kernel, fault, report)
-        for kernel, (_, faults) in FAULTS.items()
-        for fault, report in faults.items()
-    ],
+    "kernel, fault", [(kernel, fault) for kernel, (_, faults) in FAULTS.items() for fault in faults]
 )
-def test_faults_are_reported(host, kernel, fault, report, seed):
-    launch = dict(FAULTS[kernel][0])
-    with pytest.raises(host.KernelError, match=report) as error:
+def test_faults_are_reported(host, kernel, fault, seed):
+    launch, reports = dict(FAULTS[kernel][0]), FAULTS[kernel][1]
+    with pytest.raises(host.KernelError, match=reports[fault]) as error:
         run(host, kernel, launch.pop("out"), device={"seed": seed}, fault=fault, **launch)
     assert str(error.value).startswith(f"{{anonymous}}::{kernel}: ")
 
