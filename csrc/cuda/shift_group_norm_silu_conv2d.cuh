@@ -19,13 +19,14 @@
 //
 // Bytes: 2 E for the statistics, about 1.6 * 2 E for halos of which most hits L2, 2 O (4 O with a
 // residual), and the filter once per two tiles, shared by a cluster; E and O the elements of input and
-// output. The alternative, one launch of norm and activation (4 E) and the library's convolution
-// (2 E + 2 O), is what serves by default: the arithmetic of the convolution hides at most 40.8 / Cout
-// of its time in saved bytes, and this kernel has not been timed against it.
+// output. The alternative is one launch of norm and activation (4 E) and the library's convolution
+// (2 E + 2 O). What this saves over it is at most 40.8 / Cout of the convolution's time, and it has not
+// been timed against it on a device: the composition serves unless LATENT_SHIFT_FUSED_CONV2D=1.
 #pragma once
 
+#include <algorithm>
 #include <array>
-#include <stdexcept>
+#include <iterator>
 
 #include "launch.h"
 #include "shift_group_norm_silu_conv2d_mma.cuh"
@@ -49,9 +50,9 @@ struct StatisticsParams {
 template <class T>
 __global__ void __launch_bounds__(kStatisticsThreads)
     conv_statistics_kernel(const __grid_constant__ StatisticsParams p) {
-  constexpr int kVectors = kStatisticsChannels / kChunk;     // of a pixel
-  constexpr int kLanes = kStatisticsThreads / kVectors;      // pixels at a time
-  constexpr int kRows = kStatisticsPixels / kLanes;          // pixels of a thread
+  constexpr int kVectors = kStatisticsChannels / kChunk;  // of a pixel
+  constexpr int kLanes = kStatisticsThreads / kVectors;   // pixels at a time
+  constexpr int kRows = kStatisticsPixels / kLanes;       // pixels of a thread
   constexpr int kWarps = kStatisticsThreads / 32;
   float* const partial = reinterpret_cast<float*>(ptx::dynamic_shared());  // [warps, channels]
   float* const means = partial + kWarps * kStatisticsChannels;
@@ -74,8 +75,8 @@ __global__ void __launch_bounds__(kStatisticsThreads)
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
     const int pixel = first + i * kLanes;
-    held[i] = exists && pixel < p.pixels ? load<T, kChunk>(from + pixel * stride)
-                                         : Vec<T, kChunk>{};
+    held[i] =
+        exists && pixel < p.pixels ? load<T, kChunk>(from + pixel * stride) : Vec<T, kChunk>{};
   }
 
   // The block's sum of what a thread has for its 8 channels, in a fixed order.
@@ -147,7 +148,8 @@ __global__ void __launch_bounds__(kFoldThreads)
   if (unit >= p.frames * p.groups) return;
   const int64_t n = unit / p.groups;
   const int lane = threadIdx.x % 32;
-  const int32_t size = p.in_channels / p.groups, channel0 = static_cast<int32_t>(unit % p.groups) * size;
+  const int32_t size = p.in_channels / p.groups,
+                channel0 = static_cast<int32_t>(unit % p.groups) * size;
   const Clip clip = clip_of(p.shift, n);
   const auto table = [&](const Table& t, int32_t channel, float absent) {
     return read(t, row_offset(t, n, p.frames, p.in_channels) + channel, absent);
@@ -188,9 +190,9 @@ __global__ void __launch_bounds__(kFoldThreads)
     const float gain = rstd * table(p.weight, channel, 1.f);
     const float ada = 1.f + table(p.ada_scale, channel, 0.f);
     const float scale = gain * ada;
-    const float shift = fmaf(fmaf(table(p.temb, channel, 0.f) - mean, gain,
-                                  table(p.bias, channel, 0.f)),
-                             ada, table(p.ada_shift, channel, 0.f));
+    const float shift =
+        fmaf(fmaf(table(p.temb, channel, 0.f) - mean, gain, table(p.bias, channel, 0.f)), ada,
+             table(p.ada_shift, channel, 0.f));
     const auto put = [&](int64_t frame, float a, float b) {
       float* row = p.affine + frame * 2 * p.in_channels + channel;
       row[0] = a;
@@ -260,8 +262,8 @@ __global__ void __launch_bounds__(kSumsThreads)
     conv_sums_kernel(const __grid_constant__ SumsParams p) {
   const int64_t unit = blockIdx.x * int64_t{kSumsThreads} + threadIdx.x;
   if (unit >= p.frames * p.channels) return;
-  const float2* from = p.partials + unit / p.channels * p.tiles_per_frame * p.channels +
-                       unit % p.channels;
+  const float2* from =
+      p.partials + unit / p.channels * p.tiles_per_frame * p.channels + unit % p.channels;
   float sum = 0.f, centred = 0.f;
   for (int tile = 0; tile < p.tiles_per_frame; ++tile) sum += from[int64_t{tile} * p.channels].x;
   const float mean = sum / (static_cast<float>(p.height) * static_cast<float>(p.width));
@@ -300,22 +302,14 @@ struct ConvVariant {
 };
 
 template <int Columns>
-constexpr ConvVariant kMmaVariant{80,
-                                  Columns,
-                                  ConvMma<Columns>::kThreads,
-                                  ConvMma<Columns>::kShared,
-                                  2,
-                                  Columns * 4 + 64};
+constexpr ConvVariant kMmaVariant{
+    80, Columns, ConvMma<Columns>::kThreads, ConvMma<Columns>::kShared, 2, Columns * 4 + 64};
 template <int Columns>
-constexpr ConvVariant kWgmmaVariant{90,
-                                    Columns,
-                                    ConvWgmma<Columns>::kThreads,
-                                    ConvWgmma<Columns>::kShared,
-                                    1,
-                                    Columns * 2 + 32};
+constexpr ConvVariant kWgmmaVariant{
+    90, Columns, ConvWgmma<Columns>::kThreads, ConvWgmma<Columns>::kShared, 1, Columns * 2 + 32};
 
-constexpr std::array kConvVariants{kMmaVariant<64>,   kMmaVariant<128>,  kMmaVariant<160>,
-                                   kWgmmaVariant<64>, kWgmmaVariant<80>, kWgmmaVariant<128>,
+constexpr std::array kConvVariants{kMmaVariant<64>,    kMmaVariant<128>,  kMmaVariant<160>,
+                                   kWgmmaVariant<64>,  kWgmmaVariant<80>, kWgmmaVariant<128>,
                                    kWgmmaVariant<160>, kWgmmaVariant<320>};
 
 // The kernels of kConvVariants, in that order.
@@ -328,15 +322,14 @@ struct ConvKernels {
     launcher.template launch<Kernel>(grid, params);
   }
 
-  static constexpr Launch kTable[] = {
-      launch<shift_group_norm_silu_conv2d_mma_kernel<T, 64>>,
-      launch<shift_group_norm_silu_conv2d_mma_kernel<T, 128>>,
-      launch<shift_group_norm_silu_conv2d_mma_kernel<T, 160>>,
-      launch<shift_group_norm_silu_conv2d_wgmma_kernel<T, 64>>,
-      launch<shift_group_norm_silu_conv2d_wgmma_kernel<T, 80>>,
-      launch<shift_group_norm_silu_conv2d_wgmma_kernel<T, 128>>,
-      launch<shift_group_norm_silu_conv2d_wgmma_kernel<T, 160>>,
-      launch<shift_group_norm_silu_conv2d_wgmma_kernel<T, 320>>};
+  static constexpr Launch kTable[] = {launch<shift_group_norm_silu_conv2d_mma_kernel<T, 64>>,
+                                      launch<shift_group_norm_silu_conv2d_mma_kernel<T, 128>>,
+                                      launch<shift_group_norm_silu_conv2d_mma_kernel<T, 160>>,
+                                      launch<shift_group_norm_silu_conv2d_wgmma_kernel<T, 64>>,
+                                      launch<shift_group_norm_silu_conv2d_wgmma_kernel<T, 80>>,
+                                      launch<shift_group_norm_silu_conv2d_wgmma_kernel<T, 128>>,
+                                      launch<shift_group_norm_silu_conv2d_wgmma_kernel<T, 160>>,
+                                      launch<shift_group_norm_silu_conv2d_wgmma_kernel<T, 320>>};
   static_assert(std::size(kTable) == kConvVariants.size());
 };
 

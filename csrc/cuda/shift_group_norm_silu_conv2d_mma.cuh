@@ -2,9 +2,10 @@
 //
 // A CTA of 8 warps computes 2 tiles x Columns output channels: 4 warps in the direction of pixels, 2
 // in that of channels, 32 x Columns / 2 each. Halos are double-buffered, 32 input channels at a time:
-// the threads of a tile load the next block to registers while they multiply, and normalise, activate
-// and store it three taps later. The filter comes through a ring of cp.async stages, one tap of one
-// block each, read by ldmatrix without bank conflicts. One __syncthreads a tap.
+// the threads of a tile copy the raw numbers of the next block to their places when a block begins
+// (cp.async), and each turns its own into the activation a few taps later, so that no registers wait.
+// The filter comes through a ring of cp.async stages, one tap of one block each, read by ldmatrix
+// without bank conflicts. One __syncthreads a tap.
 #pragma once
 
 #include "mma.cuh"
@@ -16,35 +17,41 @@ template <int Columns>
 struct ConvMma {
   static constexpr int kColumns = Columns;
   static constexpr int kThreads = kCtaTiles * kTileThreads;
+  // the sums of 160 columns leave no room for a second CTA's registers
+  static constexpr int kCtasPerSm = Columns > 128 ? 1 : 2;
   static constexpr int kStages = 4;
-  static constexpr int kRounds = 2;  // of a halo block, which keep its registers few
-  static constexpr int kRoundTaps = kTaps / kRounds;
+  // of a block: its copies have landed when as many steps have begun as there are stages
+  static constexpr int kActivateTap = kStages;
   static constexpr int kStageBytes = stage_bytes(Columns);
   static constexpr int kWarpColumns = Columns / 2;
   static constexpr int kPart = part_columns(Columns);
+  static constexpr int kHalosAt = 2048;  // after the tiles' tables
+  static_assert(kCtaTiles * sizeof(TileTable) <= kHalosAt);
   static constexpr int kHalosBytes = 2 * kCtaTiles * kHaloBytes;
-  static constexpr int kTablesAt = kHalosBytes + kStages * kStageBytes;
-  static constexpr int kShared = max_bytes(kTablesAt + kCtaTiles * int{sizeof(HaloTable)},
-                                           kCtaTiles * EpilogueShared<kPart, kPart>::kBytes);
+  static constexpr int kShared =
+      kHalosAt + max_bytes(kHalosBytes + kStages * kStageBytes,
+                           kCtaTiles* EpilogueShared<kPart, kPart>::kBytes);
 };
 
 template <class T, int Columns>
-__global__ void __launch_bounds__(ConvMma<Columns>::kThreads, 2)
+__global__ void __launch_bounds__(ConvMma<Columns>::kThreads, ConvMma<Columns>::kCtasPerSm)
     shift_group_norm_silu_conv2d_mma_kernel(const __grid_constant__ ConvParams p) {
   using Traits = ConvMma<Columns>;
   using TileEpilogue = Epilogue<T, Traits::kPart, Traits::kPart>;
   constexpr int kPixelBlocks = 2, kColumnBlocks = Traits::kWarpColumns / 8;
   unsigned char* const shared = ptx::dynamic_shared();
-  unsigned char* const ring = shared + Traits::kHalosBytes;
+  unsigned char* const halos = shared + Traits::kHalosAt;
+  unsigned char* const ring = halos + Traits::kHalosBytes;
 
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-  const int cta_tile = warp / 4, pixel0 = warp / 2 % 2 * 32, column0 = warp % 2 * Traits::kWarpColumns;
-  HaloTable& table = reinterpret_cast<HaloTable*>(shared + Traits::kTablesAt)[cta_tile];
+  const int cta_tile = warp / 4, pixel0 = warp / 2 % 2 * 32,
+            column0 = warp % 2 * Traits::kWarpColumns;
+  TileTable& table = reinterpret_cast<TileTable*>(shared)[cta_tile];
   table.fill(p, Tile(p, blockIdx.x * kCtaTiles + cta_tile), thread % kTileThreads, kTileThreads);
   __syncthreads();
-  HaloLoader<T, kTileThreads, Traits::kRounds> loader(p, table, thread % kTileThreads);
+  const HaloInPlace<T, kTileThreads> loader(p, table, thread % kTileThreads);
   const auto halo = [&](int block) {
-    return shared + (block % 2 * kCtaTiles + cta_tile) * kHaloBytes;
+    return halos + (block % 2 * kCtaTiles + cta_tile) * kHaloBytes;
   };
 
   const int steps = p.blocks * kTaps;
@@ -66,11 +73,11 @@ __global__ void __launch_bounds__(ConvMma<Columns>::kThreads, 2)
     ptx::cp_async_commit();
   };
 
+  loader.copy(0, halo(0));
+  ptx::cp_async_commit();
   for (int step = 0; step < Traits::kStages - 1; ++step) load_filter(step);
-  for (int round = 0; round < Traits::kRounds; ++round) {
-    loader.fetch(0, round);
-    loader.store(0, round, halo(0));
-  }
+  ptx::cp_async_wait<Traits::kStages - 1>();
+  loader.activate(0, halo(0));
 
   // Where this lane's rows of ldmatrix begin: A by pixel of the halo, B by output channel.
   const MatrixLane at(lane);
@@ -83,11 +90,9 @@ __global__ void __launch_bounds__(ConvMma<Columns>::kThreads, 2)
     for (int tap = 0; tap < kTaps; ++tap, ++step) {
       ptx::cp_async_wait<Traits::kStages - 2>();
       __syncthreads();
+      const bool more = block + 1 < p.blocks;
+      if (more && tap == 0) loader.copy(block + 1, halo(block + 1));
       load_filter(step + Traits::kStages - 1);
-      // the next block's halo: a round begins with its loads and ends with its stores
-      const int round = tap / Traits::kRoundTaps;
-      const int turn = block + 1 < p.blocks && round < Traits::kRounds ? tap % Traits::kRoundTaps : -1;
-      if (turn == 0) loader.fetch(block + 1, round);
       const unsigned char* a_base = halo(block) + a_row + tap_offset(tap);
       const unsigned char* b_base = ring + step % Traits::kStages * Traits::kStageBytes + b_row;
 #pragma unroll
@@ -98,14 +103,14 @@ __global__ void __launch_bounds__(ConvMma<Columns>::kThreads, 2)
           ptx::ldmatrix_x4(a[i], a_base + (k * kHaloPitch + 2 * i * kHalo) * kRowBytes);
         warp_product<T>(sums, a, b_base + k * Columns * kRowBytes);
       }
-      if (turn == Traits::kRoundTaps - 1) loader.store(block + 1, round, halo(block + 1));
+      if (more && tap == Traits::kActivateTap) loader.activate(block + 1, halo(block + 1));
     }
   }
 
   ptx::cp_async_wait<0>();
-  const Tile tile(p, table.tile);
   __syncthreads();  // the epilogue reuses the shared memory of the main loop
-  const TileEpilogue epilogue(p, tile, thread % kTileThreads, 1 + cta_tile, shared + cta_tile * TileEpilogue::kBytes);
+  const TileEpilogue epilogue(p, table, thread % kTileThreads, 1 + cta_tile,
+                              halos + cta_tile * TileEpilogue::kBytes);
 #pragma unroll
   for (int part = 0; part < Columns; part += Traits::kPart) {
 #pragma unroll
@@ -113,7 +118,8 @@ __global__ void __launch_bounds__(ConvMma<Columns>::kThreads, 2)
       const int column = column0 + j * 8 - part;
       if (column < 0 || column >= Traits::kPart) continue;
 #pragma unroll
-      for (int i = 0; i < kPixelBlocks; ++i) epilogue.put(pixel0 + i * 16, column, sums[i][j], lane);
+      for (int i = 0; i < kPixelBlocks; ++i)
+        epilogue.put(pixel0 + i * 16, column, sums[i][j], lane);
     }
     epilogue.store_part(0, blockIdx.y * Columns + part);
   }

@@ -38,14 +38,17 @@ __host__ __device__ constexpr uint32_t tap_offset(int tap) {
 }
 
 // Bytes of the filter's stage: one tap, one block of channels.
-__host__ __device__ constexpr uint32_t stage_bytes(int columns) { return columns * kBlockChannels * 2; }
+__host__ __device__ constexpr uint32_t stage_bytes(int columns) {
+  return columns * kBlockChannels * 2;
+}
 
 __host__ __device__ constexpr int max_bytes(int a, int b) { return a > b ? a : b; }
 
 struct ConvParams {
-  const void* x;         // [frames, height, width, x_channels]
-  const void* skip;      // [frames, height, width, in_channels - x_channels], or null
-  const float* affine;   // [frames, 2, in_channels]: scale and shift, placement of the shift included
+  const void* x;     // [frames, height, width, x_channels]
+  const void* skip;  // [frames, height, width, in_channels - x_channels], or null
+  const float*
+      affine;  // [frames, 2, in_channels]: scale and shift, placement of the shift included
   const void* filters;   // [column blocks, blocks, taps, kBlockChunks, columns, kChunk]
   const void* residual;  // as out, or null
   void* out;             // [frames, height, width, out_channels]
@@ -68,7 +71,8 @@ __device__ __forceinline__ void load8(const float* from, float (&v)[kChunk]) {
 // The vector whose 16-bit numbers from `begin` on are those of `above`, the others those of `below`.
 __device__ __forceinline__ uint4 upper(const uint4& above, const uint4& below, int begin) {
   const auto join = [begin](uint32_t a, uint32_t b, int pair) {
-    const uint32_t mask = (2 * pair >= begin ? 0x0000ffffu : 0u) | (2 * pair + 1 >= begin ? 0xffff0000u : 0u);
+    const uint32_t mask =
+        (2 * pair >= begin ? 0x0000ffffu : 0u) | (2 * pair + 1 >= begin ? 0xffff0000u : 0u);
     return (a & mask) | (b & ~mask);
   };
   return {join(above.x, below.x, 0), join(above.y, below.y, 1), join(above.z, below.z, 2),
@@ -81,6 +85,9 @@ struct SliceEnds {
 
   __device__ __forceinline__ explicit SliceEnds(const Shift& shift)
       : first(static_cast<int32_t>(shift.end[0])), second(static_cast<int32_t>(shift.end[1])) {}
+
+  // of the second and third slice
+  __device__ __forceinline__ int32_t begin(int slice) const { return slice == 1 ? first : second; }
 
   __device__ __forceinline__ int slice(int32_t channel) const {
     return (channel >= first) + (channel >= second);
@@ -102,25 +109,34 @@ struct Tile {
   }
 };
 
-// What there is to know about a tile's halo, in shared memory: registers are for sums.
-struct HaloTable {
+// What there is to know about a tile, in shared memory: registers are for sums.
+struct TileTable {
   static constexpr int kPixels = 128;  // of any loader's last round
 
   int32_t tile, frame;
-  int32_t source[3];       // the frame each slice of channels reads, or -1
+  int32_t source[3];  // the frame each slice of channels reads, or -1
+  // Where its output goes, by slice: to one or two readers, and to its own frame what no frame feeds.
+  enum { kFirst, kSecond, kFill, kTargets };
+  int32_t targets[kTargets][3];
   int32_t pixel[kPixels];  // where a pixel of the halo lies in its frame, or -1
 
   __device__ __forceinline__ void fill(const ConvParams& p, const Tile& of, int thread,
                                        int threads) {
     for (int i = thread; i < kPixels; i += threads) {
       const int32_t y = of.y - 1 + i / kHalo, x = of.x - 1 + i % kHalo;
-      const bool inside = of.height > 0 && i < kHaloPixels && y >= 0 && y < p.height && x >= 0 &&
-                          x < p.width;
+      const bool inside =
+          of.height > 0 && i < kHaloPixels && y >= 0 && y < p.height && x >= 0 && x < p.width;
       pixel[i] = inside ? y * p.width + x : -1;
     }
-    if (thread < 3)
+    if (thread < 3) {
       source[thread] =
           static_cast<int32_t>(source_frame(p.shift, of.frame, p.shift.offset[thread]));
+      const int32_t offset = p.out_shift.offset[thread];
+      const Readers readers = reader_frames(p.out_shift, of.frame, offset);
+      targets[kFirst][thread] = static_cast<int32_t>(readers.first);
+      targets[kSecond][thread] = static_cast<int32_t>(readers.second);
+      targets[kFill][thread] = source_frame(p.out_shift, of.frame, offset) < 0 ? of.frame : -1;
+    }
     if (thread == 0) {
       tile = of.index;
       frame = of.frame;
@@ -128,103 +144,188 @@ struct HaloTable {
   }
 };
 
-// Brings a tile's halo to shared memory, one block of channels at a time: `fetch` issues the loads
-// and leaves the numbers in registers, `store` normalises, activates and stores. A block takes so many
-// rounds of both; a thread keeps its chunk of channels, so it reads scale and shift once a round.
-template <class T, int Threads, int Rounds>
-class HaloLoader {
+// Channels of one frame of x or skip, whichever holds them.
+template <class T>
+struct Source {
+  const T* base;
+  int32_t stride;
+  bool exists;
+
+  __device__ __forceinline__ Source(const ConvParams& p, int32_t channel, int32_t frame) {
+    const bool in_x = channel < p.x_channels;
+    stride = in_x ? p.x_channels : p.in_channels - p.x_channels;
+    exists = frame >= 0 && channel < p.in_channels;
+    base = static_cast<const T*>(in_x ? p.x : p.skip) +
+           int64_t{frame} * p.height * p.width * stride + (in_x ? channel : channel - p.x_channels);
+  }
+
+  __device__ __forceinline__ const T* at(int32_t pixel) const {
+    return base + int64_t{pixel} * stride;
+  }
+  // Zeros outside the frame and the clip.
+  __device__ __forceinline__ uint4 load(int32_t pixel) const {
+    return exists && pixel >= 0 ? *reinterpret_cast<const uint4*>(at(pixel)) : uint4{};
+  }
+};
+
+// Brings a tile's halo to shared memory, one block of channels at a time; a thread keeps its chunk of
+// the block.
+template <class T, int Threads>
+class Halo {
  public:
-  __device__ __forceinline__ HaloLoader(const ConvParams& params, const HaloTable& table_,
-                                        int thread)
+  __device__ __forceinline__ Halo(const ConvParams& params, const TileTable& table_, int thread)
       : p(params), table(table_), chunk(thread % kBlockChunks), first(thread / kBlockChunks) {}
 
-  __device__ __forceinline__ void fetch(int block, int round) {
-    const int32_t channel = block * kBlockChannels + chunk * kChunk;
+ protected:
+  static constexpr int kStep = Threads / kBlockChunks;
+  static constexpr int kVectors = (kHaloPixels + kStep - 1) / kStep;
+  static_assert(Threads % kBlockChunks == 0 && kStep * kVectors <= TileTable::kPixels);
+
+  __device__ __forceinline__ int32_t channel_of(int block) const {
+    return block * kBlockChannels + chunk * kChunk;
+  }
+  __device__ __forceinline__ uint4* row_of(unsigned char* halo) const {
+    return reinterpret_cast<uint4*>(halo) + chunk * kHaloPitch;
+  }
+  __device__ __forceinline__ const float* affine_of(int32_t channel) const {
+    return p.affine + int64_t{table.frame} * 2 * p.in_channels + channel;
+  }
+
+  // silu(v * scale + shift) of 4 numbers, in place
+  __device__ __forceinline__ void activate(uint32_t& low, uint32_t& high, const float4& scale,
+                                           const float4& shift) const {
+    constexpr int kNumbers = kChunk / 2;
+    const float scales[] = {scale.x, scale.y, scale.z, scale.w};
+    const float shifts[] = {shift.x, shift.y, shift.z, shift.w};
+    float v[kNumbers];
+    widen(Vec<T, kNumbers>{uint2{low, high}}, v);
+#pragma unroll
+    for (int e = 0; e < kNumbers; ++e) {
+      const float z = fmaf(v[e], scales[e], shifts[e]);
+      v[e] = z * sigmoid<T>(z);
+    }
+    const uint2 word = narrow<T, kNumbers>(v).word;
+    low = word.x;
+    high = word.y;
+  }
+
+  const ConvParams& p;
+  const TileTable& table;
+  const int chunk, first;
+};
+
+// By way of registers: `fetch` issues the loads, `store` normalises, activates and stores.
+template <class T, int Threads>
+class HaloThroughRegisters : Halo<T, Threads> {
+  using Base = Halo<T, Threads>;
+  using Base::affine_of, Base::channel_of, Base::chunk, Base::first, Base::kStep, Base::kVectors,
+      Base::p, Base::row_of, Base::table;
+
+ public:
+  using Base::Base;
+
+  __device__ __forceinline__ void fetch(int block) {
+    const int32_t channel = channel_of(block);
     const SliceEnds ends(p.shift);
     const int begin = ends.slice(channel), end = ends.slice(channel + kChunk - 1);
-    load(channel, round, table.source[begin], [](const uint4& v, const uint4&) { return v; });
+    load(Source<T>(p, channel, table.source[begin]),
+         [](const uint4& v, const uint4&) { return v; });
     // a vector that straddles slices takes its later channels from other frames
     for (int k = begin + 1; k <= end; ++k) {
-      const int lower = (k == 1 ? ends.first : ends.second) - channel;
-      load(channel, round, table.source[k],
+      const int lower = ends.begin(k) - channel;
+      load(Source<T>(p, channel, table.source[k]),
            [lower](const uint4& v, const uint4& old) { return upper(v, old, lower); });
     }
   }
 
-  __device__ __forceinline__ void store(int block, int round, unsigned char* halo) {
-    const int32_t channel = block * kBlockChannels + chunk * kChunk;
+  __device__ __forceinline__ void store(int block, unsigned char* halo) {
+    const int32_t channel = channel_of(block);
     const bool exists = channel < p.in_channels;
     if (exists) {
-      const float* affine = p.affine + int64_t{table.frame} * 2 * p.in_channels + channel;
-      // by halves, for want of registers
-      activate<0>(affine);
-      activate<1>(affine + kChunk / 2);
+      const float4* scale = reinterpret_cast<const float4*>(affine_of(channel));
+      const float4* shift = reinterpret_cast<const float4*>(affine_of(channel) + p.in_channels);
+#pragma unroll
+      for (int i = 0; i < kVectors; ++i) Base::activate(raw[i].x, raw[i].y, scale[0], shift[0]);
+#pragma unroll
+      for (int i = 0; i < kVectors; ++i) Base::activate(raw[i].z, raw[i].w, scale[1], shift[1]);
     }
-    uint4* const row = reinterpret_cast<uint4*>(halo) + chunk * kHaloPitch;
+    uint4* const row = row_of(halo);
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      const int pixel = pixel_of(round, i);
+      const int pixel = first + i * kStep;
       // padding is zero after the activation
       if (pixel < kHaloPixels) row[pixel] = exists && table.pixel[pixel] >= 0 ? raw[i] : uint4{};
     }
   }
 
  private:
-  static constexpr int kStep = Threads / kBlockChunks;
-  static constexpr int kVectors = (kHaloPixels + kStep * Rounds - 1) / (kStep * Rounds);
-  static_assert(Threads % kBlockChunks == 0 && kStep * Rounds * kVectors <= HaloTable::kPixels);
-
-  __device__ __forceinline__ int pixel_of(int round, int i) const {
-    return first + (round * kVectors + i) * kStep;
-  }
-
-  // Zeros outside the frame and the clip.
   template <class Join>
-  __device__ __forceinline__ void load(int32_t channel, int round, int32_t from, Join join) {
-    const bool exists = from >= 0 && channel < p.in_channels, in_x = channel < p.x_channels;
-    const int32_t stride = in_x ? p.x_channels : p.in_channels - p.x_channels;
-    const T* base = static_cast<const T*>(in_x ? p.x : p.skip) +
-                    int64_t{from} * p.height * p.width * stride +
-                    (in_x ? channel : channel - p.x_channels);
+  __device__ __forceinline__ void load(const Source<T>& source, Join join) {
 #pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      const int32_t at = table.pixel[pixel_of(round, i)];
-      uint4 v{};
-      if (exists && at >= 0) v = *reinterpret_cast<const uint4*>(base + int64_t{at} * stride);
-      raw[i] = join(v, raw[i]);
-    }
+    for (int i = 0; i < kVectors; ++i)
+      raw[i] = join(source.load(table.pixel[first + i * kStep]), raw[i]);
   }
 
-  template <int Half>
-  __device__ __forceinline__ void activate(const float* affine) {
-    constexpr int kNumbers = kChunk / 2;
-    float v[kNumbers];
-    const float4 scales = *reinterpret_cast<const float4*>(affine);
-    const float4 shifts = *reinterpret_cast<const float4*>(affine + p.in_channels);
-    const float scale[] = {scales.x, scales.y, scales.z, scales.w};
-    const float shift[] = {shifts.x, shifts.y, shifts.z, shifts.w};
+  uint4 raw[kVectors] = {};
+};
+
+// In place: `copy` issues cp.async of the raw numbers, `activate` turns a thread's own into the
+// activation once its copies have landed. It needs no registers in between.
+template <class T, int Threads>
+class HaloInPlace : Halo<T, Threads> {
+  using Base = Halo<T, Threads>;
+  using Base::affine_of, Base::channel_of, Base::chunk, Base::first, Base::kStep, Base::kVectors,
+      Base::p, Base::row_of, Base::table;
+
+ public:
+  using Base::Base;
+
+  __device__ __forceinline__ void copy(int block, unsigned char* halo) const {
+    const int32_t channel = channel_of(block);
+    const SliceEnds ends(p.shift);
+    const int begin = ends.slice(channel), end = ends.slice(channel + kChunk - 1);
+    uint4* const row = row_of(halo);
+    for (int k = begin; k <= end; ++k) {
+      const Source<T> source(p, channel, table.source[k]);
+      if (begin == end) {
 #pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      widen(Vec<T, kNumbers>{Half ? uint2{raw[i].z, raw[i].w} : uint2{raw[i].x, raw[i].y}}, v);
-#pragma unroll
-      for (int e = 0; e < kNumbers; ++e) {
-        const float z = fmaf(v[e], scale[e], shift[e]);
-        v[e] = z * sigmoid<T>(z);
+        for (int i = 0; i < kVectors; ++i) {
+          const int pixel = first + i * kStep;
+          const int32_t from = table.pixel[pixel];
+          const bool exists = source.exists && from >= 0;
+          if (pixel < kHaloPixels)
+            ptx::cp_async_16(row + pixel, exists ? source.at(from) : p.x, exists);
+        }
+      } else {  // a vector that straddles slices takes its later channels from other frames
+#pragma unroll 1
+        for (int pixel = first; pixel < kHaloPixels; pixel += kStep) {
+          const uint4 v = source.load(table.pixel[pixel]);
+          row[pixel] = k == begin ? v : upper(v, row[pixel], ends.begin(k) - channel);
+        }
       }
-      const uint2 word = narrow<T, kNumbers>(v).word;
-      (Half ? raw[i].z : raw[i].x) = word.x;
-      (Half ? raw[i].w : raw[i].y) = word.y;
     }
   }
 
-  const ConvParams& p;
-  const HaloTable& table;
-  const int chunk, first;
-  uint4 raw[kVectors];
+  __device__ __forceinline__ void activate(int block, unsigned char* halo) const {
+    const int32_t channel = channel_of(block);
+    if (channel >= p.in_channels) return;
+    const float4* scale = reinterpret_cast<const float4*>(affine_of(channel));
+    const float4* shift = reinterpret_cast<const float4*>(affine_of(channel) + p.in_channels);
+    const float4 scale0 = scale[0], scale1 = scale[1], shift0 = shift[0], shift1 = shift[1];
+    uint4* const row = row_of(halo);
+#pragma unroll 1
+    for (int pixel = first; pixel < kHaloPixels; pixel += kStep) {
+      if (table.pixel[pixel] < 0) continue;  // padding stays zero
+      uint4 v = row[pixel];
+      Base::activate(v.x, v.y, scale0, shift0);
+      Base::activate(v.z, v.w, scale1, shift1);
+      row[pixel] = v;
+    }
+  }
 };
 
 // What a tile's epilogue keeps in shared memory, in this order: fp32 sums of Columns output channels,
-// and of a part of them the numbers stored, the addends, and the target frames.
+// and of a part of them the numbers stored and the addends.
 template <int Columns, int Part>
 struct EpilogueShared {
   // 8 or 24 modulo 32 banks: the 8 rows and 4 pairs of a fragment do not collide
@@ -232,8 +333,7 @@ struct EpilogueShared {
   static constexpr int kStoredPitch = Part + 8;
   static constexpr int kStoredAt = kTilePixels * kPitch * 4;
   static constexpr int kAddendAt = kStoredAt + kTilePixels * kStoredPitch * 2;
-  static constexpr int kTargetsAt = kAddendAt + Part * 4;
-  static constexpr int kBytes = kTargetsAt + 48;
+  static constexpr int kBytes = kAddendAt + Part * 4;
   static_assert(kPitch % 16 == 8 && Part % kChunk == 0);
 };
 
@@ -246,26 +346,17 @@ class Epilogue {
   static constexpr int kBytes = Shared::kBytes;
 
   // `barrier` is the named barrier of the 128 threads, `shared` kBytes of their own.
-  __device__ __forceinline__ Epilogue(const ConvParams& params, const Tile& tile_, int thread_,
-                                      int barrier_, unsigned char* shared)
+  __device__ __forceinline__ Epilogue(const ConvParams& params, const TileTable& table_,
+                                      int thread_, int barrier_, unsigned char* shared)
       : p(params),
-        tile(tile_),
+        table(table_),
+        tile(params, table_.tile),
+        ends(params.out_shift),
         thread(thread_),
         barrier(barrier_),
         sums(reinterpret_cast<float*>(shared)),
         stored(reinterpret_cast<T*>(shared + Shared::kStoredAt)),
-        addend(reinterpret_cast<float*>(shared + Shared::kAddendAt)),
-        targets(reinterpret_cast<int32_t*>(shared + Shared::kTargetsAt)),
-        ends(params.out_shift) {
-    if (thread >= 3) return;
-    const int32_t offset = p.out_shift.offset[thread];
-    const Clip clip = clip_of(p.out_shift, tile.frame);
-    const Readers readers = reader_frames(p.out_shift, clip, tile.frame, offset);
-    const bool fed = source_frame(p.out_shift, clip, tile.frame, offset) >= 0;
-    targets[kFirst * 3 + thread] = static_cast<int32_t>(readers.first);
-    targets[kSecond * 3 + thread] = static_cast<int32_t>(readers.second);
-    targets[kFill * 3 + thread] = fed ? -1 : tile.frame;
-  }
+        addend(reinterpret_cast<float*>(shared + Shared::kAddendAt)) {}
 
   // A fragment of 16 pixels and 8 columns, as mma and wgmma hold it.
   __device__ __forceinline__ void put(int pixel, int column, const float* d, int lane) const {
@@ -286,10 +377,10 @@ class Epilogue {
     }
     sync();
 #pragma unroll 1
-    for (int target = 0; target < kTargets; ++target) {
-      const int32_t* frames = targets + target * 3;
+    for (int target = 0; target < TileTable::kTargets; ++target) {
+      const int32_t* frames = table.targets[target];
       if (frames[0] < 0 && frames[1] < 0 && frames[2] < 0) continue;
-      store_target(column0, channel0, frames, target != kFill);
+      store_target(column0, channel0, frames, target != TileTable::kFill);
       if (p.partials) {
         sync();
         reduce_target(channel0, frames);
@@ -300,9 +391,6 @@ class Epilogue {
   }
 
  private:
-  // Where a channel goes: to one or two readers, and to its own frame where no frame feeds that.
-  enum { kFirst, kSecond, kFill, kTargets };
-
   __device__ __forceinline__ void sync() const { ptx::named_barrier_sync(barrier, kTileThreads); }
 
   __device__ __forceinline__ int64_t offset_of(int32_t frame, int pixel, int32_t channel) const {
@@ -314,8 +402,8 @@ class Epilogue {
     return pixel / kTile < tile.height && pixel % kTile < tile.width;
   }
 
-  __device__ __forceinline__ void store_target(int column0, int32_t channel0,
-                                               const int32_t* frames, bool has_sum) const {
+  __device__ __forceinline__ void store_target(int column0, int32_t channel0, const int32_t* frames,
+                                               bool has_sum) const {
     constexpr int kChunks = Part / kChunk;
     const T* residual = static_cast<const T*>(p.residual);
     T* out = static_cast<T*>(p.out);
@@ -391,13 +479,13 @@ class Epilogue {
   }
 
   const ConvParams& p;
-  const Tile& tile;
-  const int thread, barrier;
-  float* sums;
-  T* stored;
-  float* addend;
-  int32_t* targets;  // [kTargets][3 slices]: a frame, or -1
+  const TileTable& table;
+  const Tile tile;
   const SliceEnds ends;
+  const int thread, barrier;
+  float* const sums;
+  T* const stored;
+  float* const addend;
 };
 
 }  // namespace latent_shift::cuda

@@ -27,10 +27,11 @@ struct ConvWgmma {
   static constexpr int kPart = part_columns(Columns);
   static constexpr int kTablesAt = 256;  // after the barriers
   static constexpr int kHalosAt = 2048;
-  static_assert(kTablesAt + kCtaTiles * sizeof(HaloTable) <= kHalosAt);
+  static_assert(kTablesAt + kCtaTiles * sizeof(TileTable) <= kHalosAt);
   static constexpr int kHalosBytes = kHalos * kCtaTiles * kHaloBytes;
   static constexpr int kShared =
-      kHalosAt + max_bytes(kHalosBytes + kStages * kStageBytes, kCtaTiles * EpilogueShared<Columns, kPart>::kBytes);
+      kHalosAt + max_bytes(kHalosBytes + kStages * kStageBytes,
+                           kCtaTiles* EpilogueShared<Columns, kPart>::kBytes);
   // 128 * 96 + 256 * 208 registers fill the file
   static constexpr int kProducerRegisters = 96;
   static constexpr int kConsumerRegisters = 208;
@@ -59,7 +60,7 @@ __global__ void __launch_bounds__(ConvWgmma<Columns>::kThreads, 1)
     halo_ring.init(kTransformThreads / 32, kConsumerWarps);
     ptx::fence_mbarrier_init();
   }
-  HaloTable* const tables = reinterpret_cast<HaloTable*>(shared + Traits::kTablesAt);
+  TileTable* const tables = reinterpret_cast<TileTable*>(shared + Traits::kTablesAt);
   if (warp / 4 > 0) {
     const int cta_tile = warp / 4 - 1;
     tables[cta_tile].fill(p, Tile(p, blockIdx.x * kCtaTiles + cta_tile), thread % kTileThreads,
@@ -92,12 +93,12 @@ __global__ void __launch_bounds__(ConvWgmma<Columns>::kThreads, 1)
     } else {
       constexpr int kThreads = kTransformThreads / kCtaTiles;
       const int transform = thread - 32, cta_tile = transform / kThreads;
-      HaloLoader<T, kThreads, 1> loader(p, tables[cta_tile], transform % kThreads);
+      HaloThroughRegisters<T, kThreads> loader(p, tables[cta_tile], transform % kThreads);
       typename HaloRing::Position at;
       for (int block = 0; block < p.blocks; ++block, at.advance()) {
-        loader.fetch(block, 0);
+        loader.fetch(block);
         halo_ring.wait_empty(at);
-        loader.store(block, 0, halos + (at.stage * kCtaTiles + cta_tile) * kHaloBytes);
+        loader.store(block, halos + (at.stage * kCtaTiles + cta_tile) * kHaloBytes);
         ptx::fence_proxy_async();
         __syncwarp();
         if (lane == 0) ptx::mbarrier_arrive(halo_ring.full(at));
@@ -107,12 +108,13 @@ __global__ void __launch_bounds__(ConvWgmma<Columns>::kThreads, 1)
     ptx::set_max_registers_increase<Traits::kConsumerRegisters>();
     constexpr int kColumns = Traits::kInstructionColumns;
     const int cta_tile = warp / 4 - 1;
-    const uint64_t a_start = ptx::wgmma_descriptor(
-        halos + cta_tile * kHaloBytes, kHaloPitch * kVectorBytes, kHalo * kVectorBytes);
+    const uint64_t a_start = ptx::wgmma_descriptor(halos + cta_tile * kHaloBytes,
+                                                   kHaloPitch * kVectorBytes, kHalo * kVectorBytes);
     const uint64_t b_start =
         ptx::wgmma_descriptor(stages, Columns * kVectorBytes, kTile * kVectorBytes);
     // descriptors count in units of 16 bytes
-    constexpr uint64_t kHaloStep = kCtaTiles * kHaloBytes / 16, kStageStep = Traits::kStageBytes / 16;
+    constexpr uint64_t kHaloStep = kCtaTiles * kHaloBytes / 16,
+                       kStageStep = Traits::kStageBytes / 16;
 
     const auto release = [&](uint64_t* barrier) {
       for (uint32_t rank = lane; rank < peers; rank += 32)
@@ -163,8 +165,7 @@ __global__ void __launch_bounds__(ConvWgmma<Columns>::kThreads, 1)
 
     // the epilogue reuses the shared memory that both tiles' products read
     ptx::named_barrier_sync(kConsumers, kCtaTiles * kTileThreads);
-    const Tile tile(p, blockIdx.x * kCtaTiles + cta_tile);
-    const TileEpilogue epilogue(p, tile, thread % kTileThreads, 1 + cta_tile,
+    const TileEpilogue epilogue(p, tables[cta_tile], thread % kTileThreads, 1 + cta_tile,
                                 halos + cta_tile * TileEpilogue::kBytes);
     const int pixel = warp % 4 * 16;
 #pragma unroll
