@@ -188,9 +188,9 @@ BLOCKS: dict[type[nn.Module], Any] = {
 _BLOCKS = tuple(BLOCKS)
 
 KNOWN_FORWARDS: dict[type[nn.Module], set[str]] = {
-    ResnetBlock2D: {"97e7bc206f6f"},
-    TemporalResnetBlock: {"752528fed93d"},
-    UNet3DConditionModel: {"912d7db58a91"},
+    ResnetBlock2D: {"cc809f96f5b1"},
+    TemporalResnetBlock: {"1df39ae55ba8"},
+    UNet3DConditionModel: {"6e026eb44033"},
 }
 """Fingerprints of the forwards that this file stands for or relies on, over the supported releases
 of diffusers (0.40 to 0.42)."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import inspect
 import itertools
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -263,17 +264,22 @@ def plan_norms(model: nn.Module, taken: set[nn.Module]) -> Plan:
 
 
 def _activated(module: nn.Module) -> list[tuple[tuple[str, ...], str]]:
-    """As :func:`source.activated`, for the class of ``module``."""
-    cls = type(module)
+    """As :func:`source.activated`, for the class of ``module`` and all its methods."""
     if runs_other_forward(module):
         return []
-    if cls.forward is nn.Sequential.forward:
+    if type(module).forward is nn.Sequential.forward:
         return [((first,), second) for first, second in itertools.pairwise(module._modules)]
-    elsewhere = {
-        name
-        for base in cls.__mro__[: cls.__mro__.index(nn.Module)]
-        for key, method in vars(base).items()
-        if isinstance(method, types.FunctionType) and key not in ("forward", "__init__")
-        for name in method.__code__.co_names
-    }
-    return [pair for pair in activated(cls.forward) if elsewhere.isdisjoint((*pair[0], pair[1]))]
+    forward, elsewhere = None, set[str]()
+    for base in type(module).__mro__[: type(module).__mro__.index(nn.Module)]:
+        for name, method in vars(base).items():
+            if not isinstance(method, types.FunctionType) or name == "__init__":
+                continue
+            code = inspect.unwrap(method).__code__
+            # The first forward that does not hand over to the one of its base, by super().
+            if name == "forward" and forward is None and "__class__" not in code.co_freevars:
+                forward = method
+            else:
+                elsewhere.update(code.co_names)
+    if forward is None:
+        return []
+    return [pair for pair in activated(forward) if elsewhere.isdisjoint((*pair[0], pair[1]))]

@@ -116,7 +116,7 @@ def _tree(function: Callable) -> ast.FunctionDef:
     assert isinstance(tree, ast.FunctionDef)
     if ast.get_docstring(tree) is not None:
         del tree.body[0]
-    tree.returns, tree.decorator_list = None, []
+    tree.name, tree.returns, tree.decorator_list = "", None, []
     for argument in ast.walk(tree.args):
         if isinstance(argument, ast.arg):
             argument.annotation = None
