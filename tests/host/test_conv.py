@@ -273,5 +273,29 @@ CASES = {
 def test_matches_fp64(host, name: str, arch: int) -> None:
     case = CASES[name]
     given = problem(case)
-    got = run(host, case, given, variant_of(host, arch, 64), races=False)
+    # races, preemption and the order of asynchronous copies where everything comes together
+    races = name in ("before", "everything")
+    got = run(host, case, given, variant_of(host, arch, 64), races=races)
     check(case, got, expected(case, given))
+
+
+@pytest.mark.parametrize(
+    ("arch", "columns"), [(80, 128), (80, 160), (90, 80), (90, 128), (90, 160), (90, 320)]
+)
+def test_wide_tiles(host, arch: int, columns: int) -> None:
+    case = replace(BASE, out=columns + 8, out_offsets=(-1, 0, 1), sums=True)
+    given = problem(case)
+    got = run(host, case, given, variant_of(host, arch, columns), races=False)
+    check(case, got, expected(case, given))
+
+
+@pytest.mark.parametrize(
+    ("arch", "out", "columns"), [(80, 1280, 160), (90, 320, 320), (90, 64, 64), (120, 64, 64)]
+)
+def test_chooses_columns_that_fill_the_device(host, arch: int, out: int, columns: int) -> None:
+    case = replace(BASE, lengths=(16, 16), size=(32, 32), channels=64, out=out)
+    given = dict.fromkeys(problem(BASE))
+    given["filter"] = torch.empty(0, 0, 0, 0)
+    with HostDevice(host, arch=arch):
+        variant = host.conv_choice(arguments(case, given))
+    assert host.conv_variants()[variant] == (90 if arch == 90 else 80, columns)
