@@ -67,10 +67,9 @@ def explain(op: str, *tensors: Tensor) -> str:
     kernels = serving(device)
     kernel, reasons = kernels[op], dict(backends.REFUSED)
     if kernel in backends.FUSED_CONV2D_DTYPES and op in ops.COMPOSED:
-        taken = backends.FUSED_CONV2D_DTYPES[kernel]
-        if not backends.takes_fused_conv2d(kernel, x):
-            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in taken)
-            reasons[device, kernel] = f"its convolution takes channels_last {names}"
+        refused = backends.refused_conv2d(kernel, x)
+        if refused:
+            reasons[device, kernel] = refused
             kernel = "composed"
     dtype = str(x.dtype).removeprefix("torch.")
     lines = [f"{op} on {device} {dtype} {tuple(x.shape)}: {_title(kernel, kernels)}"]

@@ -42,7 +42,7 @@ SERVING: dict[str, dict[str, str]] = {
     device: {op: "composed" if op in ops.COMPOSED else "reference" for op in ops.SCHEMAS}
     for device in ("cpu", "cuda")
 }
-# kernel -> the dtypes of the convolutions it fuses, channels_last only
+# kernel -> the dtypes of the convolutions it fuses
 FUSED_CONV2D_DTYPES = {
     "cuda": (torch.bfloat16, torch.float16),
     "triton": (torch.bfloat16, torch.float16, torch.float32),
@@ -189,17 +189,30 @@ def _attach_fused_conv2d(device: str) -> None:
     kernel = SERVING[device]["shift_add_group_norm_silu"]
     fused, composed = torch.ops.latent_shift.shift_group_norm_silu_conv2d_fused, ops.COMPOSED[name]
 
-    def fused_or_composed(x: Tensor, *args: Any) -> Any:
-        return (fused if takes_fused_conv2d(kernel, x) else composed)(x, *args)
+    def fused_or_composed(x: Tensor, skip: Tensor | None, *args: Any) -> Any:
+        refused = refused_conv2d(kernel, x, skip, args[7])
+        return (composed if refused else fused)(x, skip, *args)
 
     _register(device, {name: fused_or_composed})
     SERVING[device][name] = kernel
 
 
-def takes_fused_conv2d(kernel: str, x: Tensor) -> bool:
-    """Whether the convolution fused by ``kernel`` takes ``x``."""
-    channels_last = reference.memory_format(x) == torch.channels_last
-    return x.numel() > 0 and channels_last and x.dtype in FUSED_CONV2D_DTYPES[kernel]
+def refused_conv2d(
+    kernel: str, x: Tensor, skip: Tensor | None = None, filter: Tensor | None = None
+) -> str | None:
+    """Why the convolution fused by ``kernel`` does not take these tensors, None where it does."""
+    dtypes = FUSED_CONV2D_DTYPES[kernel]
+    if x.dtype not in dtypes or reference.memory_format(x) != torch.channels_last or not x.numel():
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        return f"its convolution takes channels_last {names}"
+    counts = [
+        x.shape[1],
+        0 if skip is None else skip.shape[1],
+        0 if filter is None else len(filter),
+    ]
+    if kernel == "cuda" and any(count % 8 for count in counts):
+        return "its convolution takes channels by eights"
+    return None
 
 
 def _register(device: str, kernels: dict[str, Callable[..., Any]]) -> None:

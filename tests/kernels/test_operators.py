@@ -5,7 +5,10 @@ PyTorch's own error.
 """
 
 import copy
+import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -103,6 +106,58 @@ def test_group_norm_silu_conv2d(backend, poison, case):
     for name in ("out", "dx", "dskip"):
         if name in got:
             assert got[name].is_contiguous(memory_format=layout), name
+
+
+@matrix(
+    {"triton": 1201},
+    ("straddling", "prime", "one_frame", "one_channel_groups"),
+    ("channels_last", "channels_last_strided"),
+    CONV_FLAGS,
+    SPECS,
+    ("before", "after"),
+    ("still", "moved", "both"),
+    ("fp32", "bf16", "fp16"),
+    CLIPS,
+)
+def test_conv2d_in_one_kernel(backend, poison, case):
+    shape, layout, flags, spec, shift, out, dtype, clips = case
+    case = make_conv_case(shape, layout, flags, spec, shift, out, DTYPES[dtype], clips)
+    fused = backend["shift_group_norm_silu_conv2d_fused"]
+    got = run_conv({**backend, "shift_group_norm_silu_conv2d": fused}, case)
+    truth = naive.group_norm_silu_conv2d(case.cast(torch.float64))
+    truth.pop("dresidual", None)
+    eager = naive.group_norm_silu_conv2d(case)
+    assert_as_good_as_eager(got, truth, eager, DTYPES[dtype], factor=4.0)
+    assert got["out"].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_kernel_that_holds_the_convolution_serves_when_asked():
+    """In a process of its own: what serves is settled at import."""
+    pytest.importorskip("triton")
+    script = """
+import torch
+import latent_shift_kernels as lsk
+x = torch.randn(2, 4, 3, 3).to(memory_format=torch.channels_last)
+conv = lsk.ShiftGroupNormSiLUConv2d(torch.nn.GroupNorm(2, 4), torch.nn.Conv2d(4, 4, 3, padding=1))
+norm = torch.nn.functional.group_norm(x, 2)
+with torch.no_grad():
+    torch.testing.assert_close(conv(x), conv.conv(torch.nn.functional.silu(norm)))
+    torch.testing.assert_close(conv(x.contiguous()), conv(x))
+print(lsk.explain("shift_group_norm_silu_conv2d", x))
+print(lsk.explain("shift_group_norm_silu_conv2d", x.contiguous()))
+"""
+    told = {"LATENT_SHIFT_BACKEND": "triton", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    for asked, serves, hint in (
+        ("1", "Triton", "its convolution takes channels_last"),
+        ("0", "composed of", "LATENT_SHIFT_FUSED_CONV2D=1 chooses"),
+    ):
+        environment = {**os.environ, **told, "LATENT_SHIFT_FUSED_CONV2D": asked}
+        result = subprocess.run(
+            [sys.executable, "-c", script], env=environment, capture_output=True, text=True
+        )
+        assert result.returncode == 0, result.stderr
+        assert f"(2, 4, 3, 3): {serves}" in result.stdout.splitlines()[0]
+        assert hint in result.stdout
 
 
 @matrix(

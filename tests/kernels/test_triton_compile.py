@@ -27,9 +27,9 @@ SITES = [
 ]
 # which calls of `record` a site of the short list is compiled for
 CALLS = {
-    SITES[0]: ("shift", "shift_backward", "shift_add", "join", "join_backward"),
+    SITES[0]: ("shift", "shift_backward", "shift_add", "join", "join_backward", "conv1", "conv2"),
     SITES[1]: ("temb", "temb_backward"),
-    SITES[2]: ("join", "after_backward"),
+    SITES[2]: ("join", "after_backward", "conv2"),
     SITES[3]: ("shift", "after", "join_backward"),
 }
 
@@ -74,8 +74,8 @@ def record(channels: int, side: int, dtype: str, layout: str, calls: list[str] |
 
     launches = []
 
-    def launch(kernel, programs, x, num_warps, **arguments):
-        launches.append((kernel, num_warps, arguments))
+    def launch(kernel, programs, x, num_warps, num_stages=3, **arguments):
+        launches.append((kernel, {"num_warps": num_warps, "num_stages": num_stages}, arguments))
 
     for module in (_common, *(sys.modules[host.__module__] for host in run.values())):
         module.launch = launch
@@ -94,6 +94,11 @@ def record(channels: int, side: int, dtype: str, layout: str, calls: list[str] |
     norm = run["shift_add_group_norm_silu"]
     norm_backward = run["shift_add_group_norm_silu_backward"]
     affine = (weight, bias)
+    conv = run["shift_group_norm_silu_conv2d_fused"]
+    filter = torch.empty(channels, channels, 3, 3, device="meta", dtype=x.dtype)
+    wide_filter = torch.empty(channels, 2 * channels, 3, 3, device="meta", dtype=x.dtype)
+    wide = (torch.empty(2 * channels, device="meta") for _ in range(2))
+    wide_sizes = [2 * third, 2 * channels - 4 * third, 2 * third]
     zeros, last = (
         (None, 16, sizes, moved, False, "zeros"),
         (cu, 16, sizes, moved, True, "replicate"),
@@ -116,6 +121,12 @@ def record(channels: int, side: int, dtype: str, layout: str, calls: list[str] |
             dy, None, x, False, None, *affine, table, table, stats, stats, 32, *last),
         "before_backward": lambda: norm_backward(
             dy, None, x, False, table, *affine, None, None, stats, stats, 32, *zeros),
+        "conv1": lambda: conv(
+            x, None, None, *affine, None, None, 32, 1e-5, filter, bias, table, None, 1.0,
+            None, 16, sizes, kept, False, sizes, kept, "zeros", False),
+        "conv2": lambda: conv(
+            x, dy, None, *wide, None, None, 32, 1e-5, wide_filter, bias, None, dsum, 1.0,
+            cu, 16, wide_sizes, moved, False, sizes, moved, "zeros", True),
     }
     # fmt: on
     for name in calls or known:
@@ -124,7 +135,7 @@ def record(channels: int, side: int, dtype: str, layout: str, calls: list[str] |
         yield from ((name, *launch) for launch in launches)
 
 
-def compile_kernel(kernel, num_warps: int, arguments: dict, architecture: int) -> dict:
+def compile_kernel(kernel, options: dict, arguments: dict, architecture: int) -> dict:
     """Compiles a launch as the launcher would specialise it, and reads its use of the machine."""
     import torch
     import triton
@@ -155,7 +166,7 @@ def compile_kernel(kernel, num_warps: int, arguments: dict, architecture: int) -
     result = triton.compile(
         triton.compiler.ASTSource(kernel, signature, constants, attributes),
         target=GPUTarget("cuda", architecture, 32),
-        options={"num_warps": num_warps, "enable_fp_fusion": True},
+        options={**options, "enable_fp_fusion": True},
     )
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
@@ -178,13 +189,13 @@ def compile_kernel(kernel, num_warps: int, arguments: dict, architecture: int) -
 if __name__ == "__main__":
     rows = []
     for (channels, side, dtype, layout), calls in json.loads(sys.argv[2]):
-        for call, kernel, num_warps, arguments in record(channels, side, dtype, layout, calls):
+        for call, kernel, options, arguments in record(channels, side, dtype, layout, calls):
             stage = arguments.get("STAGE", kernel.__name__)
             rows.append(
                 {
                     "kernel": f"{channels}x{side} {dtype} {layout} {call} {stage}",
                     "architecture": int(sys.argv[1]),
-                    **compile_kernel(kernel, num_warps, arguments, int(sys.argv[1])),
+                    **compile_kernel(kernel, options, arguments, int(sys.argv[1])),
                 }
             )
     print(json.dumps(rows))

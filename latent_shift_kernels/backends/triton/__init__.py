@@ -13,6 +13,7 @@ from .shift_add_group_norm_silu import (
     shift_add_group_norm_silu,
     shift_add_group_norm_silu_backward,
 )
+from .shift_group_norm_silu_conv2d import shift_group_norm_silu_conv2d_fused
 from .temporal_shift import temporal_shift, temporal_shift_backward
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
@@ -23,6 +24,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
         shift_add,
         shift_add_group_norm_silu,
         shift_add_group_norm_silu_backward,
+        shift_group_norm_silu_conv2d_fused,
     )
 }
 
