@@ -96,7 +96,10 @@ def test_shift_does_not_race(host, case):
 def test_every_way_is_taken(host, monkeypatch, limits, layout, races):
     """With groups of a few KiB the limits do choose the way they are named for, and all agree."""
     monkeypatch.setitem(SHAPES, "slab", (1, 2, 80, 16, 16, 8))
-    backend = HostBackend(host, races=races, **LIMITS[limits])
+    options = dict(LIMITS[limits])
+    if limits == "cluster":  # eight blocks hold both slabs of two groups
+        options["shared_per_block"] = 8 << 10
+    backend = HostBackend(host, races=races, **options)
     run = backend.implementations()
     case = make_case("slab", layout, "everything", "latent_shift", "before", torch.float32)
     seen = []
