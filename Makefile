@@ -22,13 +22,13 @@ test: $(VENV)/.tests-installed  ## set up, then run every test (no GPU needed)
 lint: $(VENV)/.tests-installed  ## ruff, clang-format and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h')
+	$(BIN)/clang-format --dry-run --Werror $(shell git ls-files 'csrc/*' 'tests/host/*.cpp' 'tests/host/*.cu' 'tests/host/*.h')
 	$(BIN)/mypy
 
 format: $(VENV)/.tests-installed  ## rewrite the sources in the house format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h')
+	$(BIN)/clang-format -i $(shell git ls-files 'csrc/*' 'tests/host/*.cpp' 'tests/host/*.cu' 'tests/host/*.h')
 
 bench: $(VENV)/.tests-installed  ## the operators against torch.roll on this machine
 	$(BIN)/python benchmarks/bench_shift.py

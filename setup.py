@@ -21,7 +21,7 @@ PACKAGE = "latent_shift_kernels"
 MACROS = [("TORCH_TARGET_VERSION", "0x020b000000000000")]  # torch 2.11
 CXX_FLAGS = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=fast", "-Wno-psabi"]
 NVCC_FLAGS = ["-O3", "-std=c++17", "-DUSE_CUDA", "-lineinfo", "-Xcompiler=-fvisibility=hidden"]
-# sm_80 code also runs on sm_86 and sm_89; sm_90a is Hopper's own, and what comes after it needs 12.8
+# sm_80 code also runs on sm_86 and sm_89; sm_90a is Hopper's own, and what follows needs CUDA 12.8
 ARCHITECTURES = "8.0;9.0a;10.0;12.0+PTX"
 ARCHITECTURES_BEFORE_12_8 = "8.0;9.0a;9.0+PTX"
 FIX = "pip install --no-build-isolation --force-reinstall --no-deps --no-cache-dir ."
