@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(ConvMma<Columns>::kThreads, ConvMma<Columns>::
   TileTable& table = reinterpret_cast<TileTable*>(shared)[cta_tile];
   table.fill(p, Tile(p, blockIdx.x * kCtaTiles + cta_tile), thread % kTileThreads, kTileThreads);
   __syncthreads();
-  const HaloInPlace<T, kTileThreads> loader(p, table, thread % kTileThreads);
+  const HaloLoader<T, kTileThreads, 1> loader(p, table, thread % kTileThreads);
   const auto halo = [&](int block) {
     return halos + (block % 2 * kCtaTiles + cta_tile) * kHaloBytes;
   };

@@ -168,117 +168,16 @@ struct Source {
   }
 };
 
-// Brings a tile's halo to shared memory, one block of channels at a time; a thread keeps its chunk of
-// the block.
-template <class T, int Threads>
-class Halo {
+// Brings a tile's halo to shared memory, one block of channels at a time: `copy` issues cp.async of the
+// raw numbers to their places, `activate` normalises and activates a thread's own where they lie, once
+// they have landed. No registers wait in between. A thread keeps its chunk of the block, and has so
+// many vectors under way in `activate`.
+template <class T, int Threads, int Vectors>
+class HaloLoader {
  public:
-  __device__ __forceinline__ Halo(const ConvParams& params, const TileTable& table_, int thread)
+  __device__ __forceinline__ HaloLoader(const ConvParams& params, const TileTable& table_,
+                                        int thread)
       : p(params), table(table_), chunk(thread % kBlockChunks), first(thread / kBlockChunks) {}
-
- protected:
-  static constexpr int kStep = Threads / kBlockChunks;
-  static constexpr int kVectors = (kHaloPixels + kStep - 1) / kStep;
-  static_assert(Threads % kBlockChunks == 0 && kStep * kVectors <= TileTable::kPixels);
-
-  __device__ __forceinline__ int32_t channel_of(int block) const {
-    return block * kBlockChannels + chunk * kChunk;
-  }
-  __device__ __forceinline__ uint4* row_of(unsigned char* halo) const {
-    return reinterpret_cast<uint4*>(halo) + chunk * kHaloPitch;
-  }
-  __device__ __forceinline__ const float* affine_of(int32_t channel) const {
-    return p.affine + int64_t{table.frame} * 2 * p.in_channels + channel;
-  }
-
-  // silu(v * scale + shift) of 4 numbers, in place
-  __device__ __forceinline__ void activate(uint32_t& low, uint32_t& high, const float4& scale,
-                                           const float4& shift) const {
-    constexpr int kNumbers = kChunk / 2;
-    const float scales[] = {scale.x, scale.y, scale.z, scale.w};
-    const float shifts[] = {shift.x, shift.y, shift.z, shift.w};
-    float v[kNumbers];
-    widen(Vec<T, kNumbers>{uint2{low, high}}, v);
-#pragma unroll
-    for (int e = 0; e < kNumbers; ++e) {
-      const float z = fmaf(v[e], scales[e], shifts[e]);
-      v[e] = z * sigmoid<T>(z);
-    }
-    const uint2 word = narrow<T, kNumbers>(v).word;
-    low = word.x;
-    high = word.y;
-  }
-
-  const ConvParams& p;
-  const TileTable& table;
-  const int chunk, first;
-};
-
-// By way of registers: `fetch` issues the loads, `store` normalises, activates and stores.
-template <class T, int Threads>
-class HaloThroughRegisters : Halo<T, Threads> {
-  using Base = Halo<T, Threads>;
-  using Base::affine_of, Base::channel_of, Base::chunk, Base::first, Base::kStep, Base::kVectors,
-      Base::p, Base::row_of, Base::table;
-
- public:
-  using Base::Base;
-
-  __device__ __forceinline__ void fetch(int block) {
-    const int32_t channel = channel_of(block);
-    const SliceEnds ends(p.shift);
-    const int begin = ends.slice(channel), end = ends.slice(channel + kChunk - 1);
-    load(Source<T>(p, channel, table.source[begin]),
-         [](const uint4& v, const uint4&) { return v; });
-    // a vector that straddles slices takes its later channels from other frames
-    for (int k = begin + 1; k <= end; ++k) {
-      const int lower = ends.begin(k) - channel;
-      load(Source<T>(p, channel, table.source[k]),
-           [lower](const uint4& v, const uint4& old) { return upper(v, old, lower); });
-    }
-  }
-
-  __device__ __forceinline__ void store(int block, unsigned char* halo) {
-    const int32_t channel = channel_of(block);
-    const bool exists = channel < p.in_channels;
-    if (exists) {
-      const float4* scale = reinterpret_cast<const float4*>(affine_of(channel));
-      const float4* shift = reinterpret_cast<const float4*>(affine_of(channel) + p.in_channels);
-#pragma unroll
-      for (int i = 0; i < kVectors; ++i) Base::activate(raw[i].x, raw[i].y, scale[0], shift[0]);
-#pragma unroll
-      for (int i = 0; i < kVectors; ++i) Base::activate(raw[i].z, raw[i].w, scale[1], shift[1]);
-    }
-    uint4* const row = row_of(halo);
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      const int pixel = first + i * kStep;
-      // padding is zero after the activation
-      if (pixel < kHaloPixels) row[pixel] = exists && table.pixel[pixel] >= 0 ? raw[i] : uint4{};
-    }
-  }
-
- private:
-  template <class Join>
-  __device__ __forceinline__ void load(const Source<T>& source, Join join) {
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i)
-      raw[i] = join(source.load(table.pixel[first + i * kStep]), raw[i]);
-  }
-
-  uint4 raw[kVectors] = {};
-};
-
-// In place: `copy` issues cp.async of the raw numbers, `activate` turns a thread's own into the
-// activation once its copies have landed. It needs no registers in between.
-template <class T, int Threads>
-class HaloInPlace : Halo<T, Threads> {
-  using Base = Halo<T, Threads>;
-  using Base::affine_of, Base::channel_of, Base::chunk, Base::first, Base::kStep, Base::kVectors,
-      Base::p, Base::row_of, Base::table;
-
- public:
-  using Base::Base;
 
   __device__ __forceinline__ void copy(int block, unsigned char* halo) const {
     const int32_t channel = channel_of(block);
@@ -313,15 +212,52 @@ class HaloInPlace : Halo<T, Threads> {
     const float4* shift = reinterpret_cast<const float4*>(affine_of(channel) + p.in_channels);
     const float4 scale0 = scale[0], scale1 = scale[1], shift0 = shift[0], shift1 = shift[1];
     uint4* const row = row_of(halo);
-#pragma unroll 1
+#pragma unroll Vectors
     for (int pixel = first; pixel < kHaloPixels; pixel += kStep) {
       if (table.pixel[pixel] < 0) continue;  // padding stays zero
       uint4 v = row[pixel];
-      Base::activate(v.x, v.y, scale0, shift0);
-      Base::activate(v.z, v.w, scale1, shift1);
+      activate(v.x, v.y, scale0, shift0);
+      activate(v.z, v.w, scale1, shift1);
       row[pixel] = v;
     }
   }
+
+ private:
+  static constexpr int kStep = Threads / kBlockChunks;
+  static constexpr int kVectors = (kHaloPixels + kStep - 1) / kStep;
+  static_assert(Threads % kBlockChunks == 0 && kStep * kVectors <= TileTable::kPixels);
+
+  __device__ __forceinline__ int32_t channel_of(int block) const {
+    return block * kBlockChannels + chunk * kChunk;
+  }
+  __device__ __forceinline__ uint4* row_of(unsigned char* halo) const {
+    return reinterpret_cast<uint4*>(halo) + chunk * kHaloPitch;
+  }
+  __device__ __forceinline__ const float* affine_of(int32_t channel) const {
+    return p.affine + int64_t{table.frame} * 2 * p.in_channels + channel;
+  }
+
+  // silu(v * scale + shift) of 4 numbers, in place
+  static __device__ __forceinline__ void activate(uint32_t& low, uint32_t& high,
+                                                  const float4& scale, const float4& shift) {
+    constexpr int kNumbers = kChunk / 2;
+    const float scales[] = {scale.x, scale.y, scale.z, scale.w};
+    const float shifts[] = {shift.x, shift.y, shift.z, shift.w};
+    float v[kNumbers];
+    widen(Vec<T, kNumbers>{uint2{low, high}}, v);
+#pragma unroll
+    for (int e = 0; e < kNumbers; ++e) {
+      const float z = fmaf(v[e], scales[e], shifts[e]);
+      v[e] = z * sigmoid<T>(z);
+    }
+    const uint2 word = narrow<T, kNumbers>(v).word;
+    low = word.x;
+    high = word.y;
+  }
+
+  const ConvParams& p;
+  const TileTable& table;
+  const int chunk, first;
 };
 
 // What a tile's epilogue keeps in shared memory, in this order: fp32 sums of Columns output channels,

@@ -5,9 +5,9 @@
 // swizzle: 8 pixels of a halo row are a core matrix, the next 8 pixels of the tile lie one halo row
 // on, and a tap of the filter moves the start. In warpgroup 0, warp 0 streams the filter through a
 // ring of bulk copies, one tap of 32 input channels a stage; the CTAs of a cluster fetch a share each
-// and multicast it. Warps 1 to 3 load the next halo to registers while the consumers work, wait for a
-// free buffer, and normalise, activate and store it there; keeping the raw halo in registers saves
-// its way through shared memory. The consumers' registers come from warpgroup 0 (setmaxnreg).
+// and multicast it. Warps 1 to 3 copy the raw halo of a block while they turn the one before it into
+// the activation and the consumers use the one before that. The consumers' registers come from
+// warpgroup 0 (setmaxnreg).
 #pragma once
 
 #include "pipeline.cuh"
@@ -20,7 +20,7 @@ struct ConvWgmma {
   static constexpr int kColumns = Columns;
   static constexpr int kThreads = 384;
   static constexpr int kStages = 8;
-  static constexpr int kHalos = 2;
+  static constexpr int kHalos = 3;  // in use, being activated, being copied
   static constexpr int kInstructionColumns = Columns > 256 ? Columns / 2 : Columns;
   static constexpr int kInstructions = Columns / kInstructionColumns;
   static constexpr int kStageBytes = stage_bytes(Columns);
@@ -32,9 +32,10 @@ struct ConvWgmma {
   static constexpr int kShared =
       kHalosAt + max_bytes(kHalosBytes + kStages * kStageBytes,
                            kCtaTiles* EpilogueShared<Columns, kPart>::kBytes);
-  // 128 * 96 + 256 * 208 registers fill the file
-  static constexpr int kProducerRegisters = 96;
-  static constexpr int kConsumerRegisters = 208;
+  // what one group gives back the others take: 168 a thread is what a launch has
+  static constexpr int kProducerRegisters = kInstructions > 1 ? 88 : 152;
+  static constexpr int kConsumerRegisters = kInstructions > 1 ? 208 : 176;
+  static_assert(128 * kProducerRegisters + 256 * kConsumerRegisters == kThreads * 168);
 };
 
 template <class T, int Columns>
@@ -93,15 +94,26 @@ __global__ void __launch_bounds__(ConvWgmma<Columns>::kThreads, 1)
     } else {
       constexpr int kThreads = kTransformThreads / kCtaTiles;
       const int transform = thread - 32, cta_tile = transform / kThreads;
-      HaloThroughRegisters<T, kThreads> loader(p, tables[cta_tile], transform % kThreads);
-      typename HaloRing::Position at;
-      for (int block = 0; block < p.blocks; ++block, at.advance()) {
-        loader.fetch(block);
-        halo_ring.wait_empty(at);
-        loader.store(block, halos + (at.stage * kCtaTiles + cta_tile) * kHaloBytes);
-        ptx::fence_proxy_async();
-        __syncwarp();
-        if (lane == 0) ptx::mbarrier_arrive(halo_ring.full(at));
+      const HaloLoader<T, kThreads, 3> loader(p, tables[cta_tile], transform % kThreads);
+      const auto halo = [&](const typename HaloRing::Position& at) {
+        return halos + (at.stage * kCtaTiles + cta_tile) * kHaloBytes;
+      };
+      typename HaloRing::Position at, last;
+      for (int block = 0; block <= p.blocks; ++block) {
+        if (block < p.blocks) {
+          halo_ring.wait_empty(at);
+          loader.copy(block, halo(at));
+        }
+        ptx::cp_async_commit();
+        if (block > 0) {
+          ptx::cp_async_wait<1>();
+          loader.activate(block - 1, halo(last));
+          ptx::fence_proxy_async();
+          __syncwarp();
+          if (lane == 0) ptx::mbarrier_arrive(halo_ring.full(last));
+        }
+        last = at;
+        at.advance();
       }
     }
   } else {
@@ -129,7 +141,7 @@ __global__ void __launch_bounds__(ConvWgmma<Columns>::kThreads, 1)
     }
 
     typename FilterRing::Position at, last;
-    typename HaloRing::Position halo_at;
+    typename HaloRing::Position halo_at, last_halo;
     for (int block = 0; block < p.blocks; ++block) {
       halo_ring.wait_full(halo_at);
 #pragma unroll 1
@@ -149,14 +161,11 @@ __global__ void __launch_bounds__(ConvWgmma<Columns>::kThreads, 1)
         // the step before this one is complete: give its stage back
         ptx::wgmma_wait<1>();
         if (block + tap > 0) release(filter_ring.empty(last));
-        if (block > 0 && tap == 0) {
-          typename HaloRing::Position before = halo_at;
-          before.stage ^= 1;
-          if (lane == 0) ptx::mbarrier_arrive(halo_ring.empty(before));
-        }
+        if (block > 0 && tap == 0 && lane == 0) ptx::mbarrier_arrive(halo_ring.empty(last_halo));
         last = at;
         at.advance();
       }
+      last_halo = halo_at;
       halo_at.advance();
     }
     ptx::wgmma_wait<0>();
