@@ -129,14 +129,15 @@ def _conv2d_backward(
         dc = operators.temporal_shift_backward(
             dout, cu_frames, num_frames, out_sizes, out_offsets, boundary
         )
-    dfilter_bias = dout_temb = dfilter = dx = dskip = None
+    dfilter_bias = dout_temb = dx = dskip = None
+    dfilter: Tensor | None = None
     tables: list[Tensor | None] = [None] * 5
     if filter_bias is not None or out_temb is not None:
         per_frame = dc.sum((2, 3), dtype=accumulate_dtype(x.dtype))
         if filter_bias is not None:
             dfilter_bias = per_frame.sum(0).to(filter_bias.dtype)
         if out_temb is not None:
-            dout_temb = torch.zeros_like(out_temb)
+            dout_temb = out_temb.new_zeros(out_temb.shape)
             if dout_temb.numel():
                 per_row = per_frame.view(out_temb.shape[0], -1, out_temb.shape[1])
                 dout_temb.copy_(per_row.sum(1))
@@ -164,7 +165,7 @@ def _conv2d_backward(
                     part.contiguous(memory_format=layout)
                     for part in du.split((x.shape[1], skip.shape[1]), 1)
                 )
-        if needs_filter:
+        if dfilter is not None:
             dfilter = dfilter.contiguous(memory_format=memory_format(filter))
     grads = (dx, dskip, *tables, dfilter, dfilter_bias, dout_temb)
     return tuple(x.new_empty(0) if grad is None else grad for grad in grads)

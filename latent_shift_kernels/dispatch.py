@@ -15,7 +15,7 @@ _TITLES = {
     "composed": "composed",
 }
 # Fastest first.
-_LADDER = {
+_LADDER: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "triton", "composed", "reference"),
     "cuda": ("cuda", "triton", "composed", "reference"),
 }
