@@ -240,6 +240,7 @@ BASE = Case()
 CASES = {
     "plain": replace(BASE, offsets=(0, 0, 0)),
     "before": BASE,
+    "many-blocks": replace(BASE, offsets=(0, 0, 0), channels=160, groups=8),
     "after": replace(BASE, after=True),
     "before-replicate": replace(BASE, boundary="replicate"),
     "after-circular": replace(BASE, boundary="circular", after=True, lengths=(2, 2)),
@@ -274,7 +275,7 @@ def test_matches_fp64(host, name: str, arch: int) -> None:
     case = CASES[name]
     given = problem(case)
     # races, preemption and the order of asynchronous copies where everything comes together
-    races = name in ("before", "everything")
+    races = name in ("before", "everything", "many-blocks")
     got = run(host, case, given, variant_of(host, arch, 64), races=races)
     check(case, got, expected(case, given))
 

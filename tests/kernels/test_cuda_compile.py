@@ -91,6 +91,13 @@ COMMON = ("__nv_bfloat16, 8, 1",)
 # channels_last and NCHW of the other dtypes
 OTHERS = ("__half, 1, 8", "float, 4, 1", "float, 1, 4", "double, 2, 1")
 MOVE = (LOAD, STORE)
+CONV = "shift_group_norm_silu_conv2d"
+
+
+def conv(kernel: str, params: str, threads: int, *sass: str, **options) -> Kernel:
+    return Kernel(f"{CONV}.cuh", kernel, params, threads, sass, **options)
+
+
 KERNELS = [
     Kernel(
         "temporal_shift.cuh", "temporal_shift_kernel<uint16_t, 8>", "TemporalShiftParams", 256, MOVE
@@ -116,6 +123,41 @@ KERNELS = [
     Kernel(BACKWARD[0], "norm_parameters_kernel<float>", "NormParameterParams", 256),
     Kernel(FORWARD[0], f"{FORWARD[1]}_kernel<__nv_bfloat16, 1, 1>", FORWARD[2], 512, **only(90)),
     Kernel(BACKWARD[0], f"{BACKWARD[1]}_kernel<__nv_bfloat16, 1, 1>", BACKWARD[2], 512, **only(90)),
+    conv("conv_statistics_kernel<__nv_bfloat16>", "StatisticsParams", 256, LOAD, **only(80, 90)),
+    conv("conv_pack_kernel<__nv_bfloat16>", "PackParams", 256, STORE, **only(80, 90)),
+    *(
+        conv(
+            f"{CONV}_mma_kernel<{dtype}, {columns}>",
+            "ConvParams",
+            256,
+            STORE,
+            COPY,
+            "HMMA",
+            **archs,
+        )
+        for dtype, columns, archs in (
+            ("__nv_bfloat16", 128, {}),
+            ("__nv_bfloat16", 64, only(80)),
+            ("__nv_bfloat16", 160, only(80)),
+            ("__half", 160, only(80)),
+        )
+    ),
+    *(
+        conv(
+            f"{CONV}_wgmma_kernel<{dtype}, {columns}>",
+            "ConvParams",
+            384,
+            *(LOAD, STORE, "UBLKCP", rf"HGMMA\.64x{columns // (1 + columns // 320)}x16\.F32"),
+            **only(90),
+        )
+        for dtype, columns in (
+            ("__nv_bfloat16", 64),
+            ("__nv_bfloat16", 128),
+            ("__nv_bfloat16", 160),
+            ("__nv_bfloat16", 320),
+            ("__half", 320),
+        )
+    ),
 ]
 
 
