@@ -8,6 +8,7 @@ header it includes, or the compiler has changed.
 import fcntl
 import hashlib
 import importlib.util
+import math
 import re
 import shutil
 import subprocess
@@ -74,17 +75,21 @@ def run(command: list[str]) -> None:
         raise CompileError(f"{' '.join(command)}\n{done.stderr}")
 
 
-def digest(command: list[str], depends: Path) -> str | None:
-    """A key of a compilation: its command and the content of every file it read last time."""
+def digest(command: list[str], depends: Path, since: float = math.inf) -> str | None:
+    """A key of a compilation: its command and the content of every file it read last time.
+
+    None where there is no telling, such as a file that was written after ``since``.
+    """
     if not depends.exists():
         return None
     key = hashlib.sha256(" ".join(command).encode())
     for name in re.sub(r"\\\n", " ", depends.read_text()).split(":", 1)[1].split():
-        if not Path(name).exists():
-            return None
         # system headers go with the compiler
-        if not name.startswith("/usr/"):
-            key.update(Path(name).read_bytes())
+        if name.startswith("/usr/"):
+            continue
+        if not Path(name).exists() or Path(name).stat().st_mtime > since:
+            return None
+        key.update(Path(name).read_bytes())
     return key.hexdigest()
 
 
@@ -105,11 +110,13 @@ def compile_file(source: Path, compiler: str) -> Path:
         key = digest(identity, depends)
         if key is not None and target.exists() and stamp.exists() and stamp.read_text() == key:
             return target
+        started = time.time()
         run(command)
         if kernels:
             run(["objcopy", *(f"--redefine-sym={copy}=ls_{copy}" for copy in COPIES), str(fresh)])
         fresh.replace(target)
-        stamp.write_text(digest(identity, depends) or "")
+        # a header that changed meanwhile is not what this object was made of
+        stamp.write_text(digest(identity, depends, since=started) or "")
     return target
 
 
@@ -138,8 +145,8 @@ def build(only: Sequence[str] | None = None) -> tuple[Path, dict[str, str]]:
         # the slow ones first
         order = sorted([*required, *bindings], key=lambda source: -source.stat().st_size)
         objects = sorted(o for o in pool.map(attempt, order) if o is not None)
-    keys = "".join(o.with_suffix(".key").read_text() for o in objects)
-    library = BUILD / hashlib.sha256(keys.encode()).hexdigest()[:16] / "latent_shift_host.so"
+    contents = hashlib.sha256(b"".join(o.read_bytes() for o in objects))
+    library = BUILD / contents.hexdigest()[:16] / "latent_shift_host.so"
     with locked(library):
         if not library.exists():
             part = library.with_suffix(".part")
