@@ -11,6 +11,9 @@ namespace latent_shift::cuda {
 
 constexpr int kFlatThreads = 256;
 constexpr int kFlatVectors = 4;  // 64 bytes in flight a thread
+// Blocks a multiprocessor that are asked for: 768 threads of 64 bytes each cover the latency of
+// memory, and for more the compiler would spill.
+constexpr int kFlatBlocks = 3;
 
 struct FlatFrames {
   Shift shift;

@@ -28,7 +28,7 @@ struct TemporalShiftParams {
 };
 
 template <class T, int N>
-__global__ void __launch_bounds__(kFlatThreads)
+__global__ void __launch_bounds__(kFlatThreads, kFlatBlocks)
     temporal_shift_kernel(const __grid_constant__ TemporalShiftParams p) {
   const FlatTile<N> tile(p.flat);
   const Slices slices = p.flat.slices;
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kFlatThreads)
 }
 
 template <class T, int N>
-__global__ void __launch_bounds__(kFlatThreads)
+__global__ void __launch_bounds__(kFlatThreads, kFlatBlocks)
     temporal_shift_replicate_backward_kernel(const __grid_constant__ TemporalShiftParams p) {
   const FlatTile<N> tile(p.flat);
   const Slices slices = p.flat.slices;
