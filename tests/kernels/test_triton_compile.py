@@ -74,8 +74,9 @@ def record(channels: int, side: int, dtype: str, layout: str, calls: list[str] |
 
     launches = []
 
-    def launch(kernel, programs, x, num_warps, num_stages=3, **arguments):
-        launches.append((kernel, {"num_warps": num_warps, "num_stages": num_stages}, arguments))
+    def launch(kernel, programs, x, num_warps, num_stages=3, maxnreg=None, **arguments):
+        options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg}
+        launches.append((kernel, options, arguments))
 
     for module in (_common, *(sys.modules[host.__module__] for host in run.values())):
         module.launch = launch

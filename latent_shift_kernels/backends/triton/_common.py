@@ -403,7 +403,10 @@ def accumulator(x: Tensor) -> Any:
 
 
 def launch(kernel: Any, programs: int, x: Tensor, num_warps: int, **arguments: Any) -> None:
-    """Runs ``programs`` programs of ``kernel`` on the current stream of the device of ``x``."""
+    """Runs ``programs`` programs of ``kernel`` on the current stream of the device of ``x``.
+
+    ``arguments`` may hold Triton's ``maxnreg``, the registers of a thread.
+    """
     if programs >= 2**31:
         raise RuntimeError(
             f"{tuple(x.shape)} needs {programs} programs, a launch holds fewer than 2**31"

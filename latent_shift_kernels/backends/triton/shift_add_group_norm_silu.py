@@ -819,6 +819,12 @@ class NormConfig:
     num_warps: int
     resident: bool
 
+    @property
+    def max_registers(self) -> int:
+        """Registers of a thread with two programs a multiprocessor: unless told that it may take
+        these, the assembler spills for a third."""
+        return min(65536 // (2 * 32 * self.num_warps), 255)
+
     def stages(self, pixels: int) -> list[str]:
         """The launches."""
         if self.resident:
@@ -965,6 +971,7 @@ def shift_add_group_norm_silu(
             frames * chunks * cdiv(num_groups, config.span),
             x,
             config.num_warps,
+            maxnreg=config.max_registers,
             x_ptr=x,
             residual_ptr=residual,
             temb_ptr=temb,
@@ -1059,6 +1066,7 @@ def shift_add_group_norm_silu_backward(
             frames * chunks * cdiv(num_groups, config.span),
             x,
             config.num_warps,
+            maxnreg=config.max_registers,
             dy_ptr=dy,
             dsum_ptr=dsum,
             x_ptr=x,
