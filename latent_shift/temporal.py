@@ -26,13 +26,13 @@ from latent_shift_kernels.integrations.diffusers import ShiftResnetBlock2D
 __all__ = ["LatentVDMUNet", "ModelMixin", "insert_temporal_layers"]
 
 
-class TemporalConv(nn.Conv1d):
+class TemporalConv(nn.Module):
     """Convolution over time of frames (B*T, C, H, W), the identity at first."""
 
     def __init__(self, channels: int) -> None:
-        super().__init__(channels, channels, kernel_size=3, padding=1)
-        nn.init.dirac_(self.weight)
-        nn.init.zeros_(self.bias)
+        super().__init__()
+        self.weight = nn.Parameter(nn.init.dirac_(torch.empty(channels, channels, 3)))
+        self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, frames: Tensor, clips: int) -> Tensor:
         """Returns frames of the shape of ``frames``, of ``clips`` clips."""
@@ -71,10 +71,12 @@ class TemporalResnetBlock2D(ShiftResnetBlock2D):
     temporal: TemporalConv
 
     def forward(
-        self, input_tensor: Tensor, temb: Tensor, *args: object, **kwargs: object
+        self, input_tensor: Tensor, temb: Tensor | None = None, *args: object, **kwargs: object
     ) -> Tensor:
         """As ``ResnetBlock2D.forward``, with a time embedding of one row per clip."""
-        return self.temporal(super().forward(input_tensor, temb, *args, **kwargs), temb.shape[0])
+        frames = super().forward(input_tensor, temb, *args, **kwargs)
+        assert temb is not None  # the base class has raised
+        return self.temporal(frames, temb.shape[0])
 
 
 class TemporalTransformer2DModel(Transformer2DModel):
