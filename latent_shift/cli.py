@@ -599,13 +599,15 @@ def _set_scheduler(pipe: LatentShiftPipeline, name: str) -> None:
 
 
 def _kernels(device_type: str) -> str:
-    from latent_shift_kernels import serving
+    from latent_shift_kernels import dispatch
 
+    kernels = dispatch.serving(device_type)
     served: dict[str, list[str]] = {}
-    for op, kernel in serving(device_type).items():
-        if not op.endswith("_backward"):
-            served.setdefault(kernel, []).append(op)
-    told = "; ".join(f"{kernel} for {', '.join(ops)}" for kernel, ops in served.items())
+    for op, kernel in kernels.items():
+        # no composed operator makes clips
+        if not op.endswith("_backward") and kernel != "composed":
+            served.setdefault(dispatch.title(kernel, kernels), []).append(op)
+    told = "; ".join(f"{title} for {', '.join(ops)}" for title, ops in served.items())
     return f"kernels on {device_type}: {told}"
 
 

@@ -72,7 +72,7 @@ def explain(op: str, *tensors: Tensor) -> str:
             reasons[device, kernel] = refused
             kernel = "composed"
     dtype = str(x.dtype).removeprefix("torch.")
-    lines = [f"{op} on {device} {dtype} {tuple(x.shape)}: {_title(kernel, kernels)}"]
+    lines = [f"{op} on {device} {dtype} {tuple(x.shape)}: {title(kernel, kernels)}"]
     ladder = _LADDER.get(device, ("composed", "reference"))
     ladder = tuple(k for k in ladder if k != "composed" or op in ops.COMPOSED)
     for faster in ladder[: ladder.index(kernel)]:
@@ -93,9 +93,10 @@ def explain(op: str, *tensors: Tensor) -> str:
     return "\n".join(lines)
 
 
-def _title(kernel: str, kernels: dict[str, str]) -> str:
+def title(kernel: str, kernels: dict[str, str]) -> str:
+    """What a reader calls one of the ``kernels`` that :func:`serving` returned."""
     if kernel == "composed":
-        norm = _title(kernels["shift_add_group_norm_silu"], kernels)
+        norm = title(kernels["shift_add_group_norm_silu"], kernels)
         return f"composed of shift_add_group_norm_silu ({norm}) and PyTorch's convolution"
     return _TITLES[kernel] + (f" ({backends.cpu_isa()})" if kernel == "cpu" else "")
 

@@ -84,6 +84,7 @@ def test_generate_in_a_fresh_process(model, here):
     ]
     assert "1 clip of 3 frames, 16x16, 8 fps; 2 steps of DDIMScheduler" in done.stdout
     assert "seed 4" in done.stdout and "kernels on cpu: " in done.stdout
+    assert ": cpu for" not in done.stdout  # a name for readers
     assert sorted(path.name for path in Path("out").iterdir()) == [
         "demo.gif",
         "demo.mp4",
