@@ -61,8 +61,9 @@ class AutoencoderConfig:
         batch: crops a step.
         crop: side of the crops around an object that the first `crop_share` of the steps train on.
         full_batch: whole frames a step, afterwards.
-        kl_weight: per latent value; three parts in 10,000 already cost two of eight channels and
-            the corners of squares.
+        kl_weight: per latent value. At an eighth of the resolution three parts in 10,000 already
+            cost two of eight channels and the corners of squares; at a quarter five parts cost
+            nothing that scores, and latents that bear noise are easier to generate.
         edge_weight: what pixels near an edge weigh on top of the others' 1: a frame is nine tenths
             background.
         two_object_share: share of frames with two objects; the autoencoder should not care.
