@@ -29,6 +29,28 @@ inline std::string shape_of(const Tensor& x) {
   return text + ")";
 }
 
+inline MemoryFormat layout_of(const Tensor& x) {  // reference.memory_format
+  return x.stride(1) == 1 && !x.is_contiguous() ? MemoryFormat::ChannelsLast
+                                                : MemoryFormat::Contiguous;
+}
+
+// `x` with dense strides in `layout`, itself where it has them.
+inline Tensor dense(const Tensor& x, MemoryFormat layout) {
+  if (layout == MemoryFormat::Contiguous)
+    return x.is_contiguous() ? x : torch::stable::contiguous(x);
+  int64_t expected = 1;
+  bool dense = true;
+  for (const int64_t i : {1, 3, 2, 0}) {  // channels vary fastest
+    dense = dense && (x.size(i) == 1 || x.stride(i) == expected);
+    expected *= x.size(i);
+  }
+  return dense ? x : torch::stable::contiguous(x, layout);
+}
+
+inline ScalarType accumulate_type(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
 // The shift of `x` (B*T, C, H, W). It points into `cu_frames`.
 inline Shift make_shift(const Tensor& x, const OptionalTensor& cu_frames, int64_t num_frames,
                         const Ints& sizes, const Ints& offsets, const std::string& boundary) {

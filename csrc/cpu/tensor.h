@@ -12,28 +12,6 @@ namespace latent_shift {
 // Outputs larger than this bypass the cache: they would evict it before anybody reads them.
 constexpr int64_t kStreamingBytes = int64_t{8} << 20;
 
-inline bool is_channels_last(const Tensor& x) {  // reference.memory_format
-  return x.stride(1) == 1 && !x.is_contiguous();
-}
-
-inline MemoryFormat layout_of(const Tensor& x) {
-  return is_channels_last(x) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
-}
-
-// `x` with dense strides in `layout`, itself where it has them.
-inline Tensor dense(const Tensor& x, MemoryFormat layout) {
-  if (layout == MemoryFormat::Contiguous)
-    return x.is_contiguous() ? x : torch::stable::contiguous(x);
-  const int64_t order[] = {1, 3, 2, 0};  // channels vary fastest
-  int64_t expected = 1;
-  bool dense = true;
-  for (int64_t i : order) {
-    dense = dense && (x.size(i) == 1 || x.stride(i) == expected);
-    expected *= x.size(i);
-  }
-  return dense ? x : torch::stable::contiguous(x, layout);
-}
-
 inline Tensor empty_as(const Tensor& x, MemoryFormat layout) {
   return torch::stable::empty(x.sizes(), x.scalar_type(), std::nullopt, std::nullopt, std::nullopt,
                               layout);
@@ -54,10 +32,6 @@ inline DType dtype_of(const Tensor& x) {
     case ScalarType::Double: return DType::kDouble;
     default: STD_TORCH_CHECK(false, "expected float32, bfloat16, float16 or float64");
   }
-}
-
-inline ScalarType accumulate_type(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
 // One pixel has no layout: its channels are a row.

@@ -27,31 +27,24 @@ struct TemporalShiftParams {
   void* y;
 };
 
-template <class T, int N>
+// The frames that frame n of the result is made of: those it reads, or for the adjoint those that
+// read it.
+template <bool Adjoint, class T>
+LS_DEVICE auto origins(const Shift& shift, T* base, int64_t n, int64_t frame_size) {
+  if constexpr (Adjoint) {
+    return readers(shift, base, n, frame_size);
+  } else {
+    return sources(shift, base, n, frame_size);
+  }
+}
+
+template <class T, int N, bool Adjoint>
 __global__ void __launch_bounds__(kFlatThreads, kFlatBlocks)
     temporal_shift_kernel(const __grid_constant__ TemporalShiftParams p) {
   const FlatTile<N> tile(p.flat);
   const Slices slices = p.flat.slices;
-  const Frames<const T> from =
-      sources(p.flat.shift, static_cast<const T*>(p.x), tile.frame, p.flat.frame_size);
-  T* y = static_cast<T*>(p.y) + tile.frame * p.flat.frame_size;
-  Vec<T, N> v[kFlatVectors];
-#pragma unroll
-  for (int i = 0; i < kFlatVectors; ++i)
-    if (tile.holds(i))
-      v[i] = gather<T, N>(from, slices, slices.row.modulo(tile.offset(i)), tile.offset(i));
-#pragma unroll
-  for (int i = 0; i < kFlatVectors; ++i)
-    if (tile.holds(i)) store<T, N>(y + tile.offset(i), v[i]);
-}
-
-template <class T, int N>
-__global__ void __launch_bounds__(kFlatThreads, kFlatBlocks)
-    temporal_shift_replicate_backward_kernel(const __grid_constant__ TemporalShiftParams p) {
-  const FlatTile<N> tile(p.flat);
-  const Slices slices = p.flat.slices;
-  const ReadingFrames<const T> from =
-      readers(p.flat.shift, static_cast<const T*>(p.x), tile.frame, p.flat.frame_size);
+  const auto from =
+      origins<Adjoint>(p.flat.shift, static_cast<const T*>(p.x), tile.frame, p.flat.frame_size);
   T* y = static_cast<T*>(p.y) + tile.frame * p.flat.frame_size;
   Vec<T, N> v[kFlatVectors];
 #pragma unroll
@@ -65,7 +58,7 @@ __global__ void __launch_bounds__(kFlatThreads, kFlatBlocks)
 
 namespace detail {
 
-template <class T, class Launcher>
+template <class T, bool Adjoint = false, class Launcher>
 void launch_temporal_shift(Launcher& launcher, const TemporalShiftArgs& args) {
   constexpr int kVector = 16 / sizeof(T);
   const int64_t frame_size = args.shape.channels * args.shape.pixels;
@@ -73,23 +66,9 @@ void launch_temporal_shift(Launcher& launcher, const TemporalShiftArgs& args) {
   const TemporalShiftParams params{flat_frames(args.shape, vectors ? kVector : 1), args.x, args.y};
   const Grid grid = flat_grid(args.shape, params.flat);
   if (vectors) {
-    launcher.template launch<temporal_shift_kernel<T, kVector>>(grid, params);
+    launcher.template launch<temporal_shift_kernel<T, kVector, Adjoint>>(grid, params);
   } else {
-    launcher.template launch<temporal_shift_kernel<T, 1>>(grid, params);
-  }
-}
-
-template <class T, class Launcher>
-void launch_replicate_backward(Launcher& launcher, const TemporalShiftArgs& args) {
-  constexpr int kVector = 16 / sizeof(T);
-  const int64_t frame_size = args.shape.channels * args.shape.pixels;
-  const bool vectors = fits_vectors(frame_size, sizeof(T), {args.x, args.y});
-  const TemporalShiftParams params{flat_frames(args.shape, vectors ? kVector : 1), args.x, args.y};
-  const Grid grid = flat_grid(args.shape, params.flat);
-  if (vectors) {
-    launcher.template launch<temporal_shift_replicate_backward_kernel<T, kVector>>(grid, params);
-  } else {
-    launcher.template launch<temporal_shift_replicate_backward_kernel<T, 1>>(grid, params);
+    launcher.template launch<temporal_shift_kernel<T, 1, Adjoint>>(grid, params);
   }
 }
 
@@ -101,11 +80,11 @@ void temporal_shift(Launcher& launcher, TemporalShiftArgs args) {
   Shift& shift = args.shape.shift;
   if (args.adjoint && shift.boundary == Boundary::kReplicate && !is_identity(shift)) {
     switch (args.dtype) {
-      case DType::kFloat: return detail::launch_replicate_backward<float>(launcher, args);
+      case DType::kFloat: return detail::launch_temporal_shift<float, true>(launcher, args);
       case DType::kBFloat16:
-        return detail::launch_replicate_backward<__nv_bfloat16>(launcher, args);
-      case DType::kHalf: return detail::launch_replicate_backward<__half>(launcher, args);
-      case DType::kDouble: return detail::launch_replicate_backward<double>(launcher, args);
+        return detail::launch_temporal_shift<__nv_bfloat16, true>(launcher, args);
+      case DType::kHalf: return detail::launch_temporal_shift<__half, true>(launcher, args);
+      case DType::kDouble: return detail::launch_temporal_shift<double, true>(launcher, args);
     }
   }
   if (args.adjoint)

@@ -38,27 +38,9 @@ class Call {
   CudaLauncher launcher;
 };
 
-inline MemoryFormat layout_of(const Tensor& x) {  // reference.memory_format
-  return x.stride(1) == 1 && !x.is_contiguous() ? MemoryFormat::ChannelsLast
-                                                : MemoryFormat::Contiguous;
-}
-
 // One pixel has no layout: its channels are a row.
 inline bool is_channels_last(const Tensor& x, MemoryFormat layout) {
   return layout == MemoryFormat::ChannelsLast || x.size(2) * x.size(3) == 1;
-}
-
-// `x` with dense strides in `layout`, itself where it has them.
-inline Tensor dense(const Tensor& x, MemoryFormat layout) {
-  if (layout == MemoryFormat::Contiguous)
-    return x.is_contiguous() ? x : torch::stable::contiguous(x);
-  int64_t expected = 1;
-  bool dense = true;
-  for (const int64_t i : {1, 3, 2, 0}) {  // channels vary fastest
-    dense = dense && (x.size(i) == 1 || x.stride(i) == expected);
-    expected *= x.size(i);
-  }
-  return dense ? x : torch::stable::contiguous(x, layout);
 }
 
 inline Tensor empty_as(const Tensor& x, MemoryFormat layout) {
@@ -81,10 +63,6 @@ inline DType dtype_of(const Tensor& x) {
     case ScalarType::Double: return DType::kDouble;
     default: STD_TORCH_CHECK(false, "expected float32, bfloat16, float16 or float64");
   }
-}
-
-inline ScalarType accumulate_type(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
 inline bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }

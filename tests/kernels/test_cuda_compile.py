@@ -100,14 +100,22 @@ def conv(kernel: str, params: str, threads: int, *sass: str, **options) -> Kerne
 
 KERNELS = [
     Kernel(
-        "temporal_shift.cuh", "temporal_shift_kernel<uint16_t, 8>", "TemporalShiftParams", 256, MOVE
-    ),
-    Kernel(
-        "temporal_shift.cuh", "temporal_shift_kernel<uint32_t, 4>", "TemporalShiftParams", 256, MOVE
+        "temporal_shift.cuh",
+        "temporal_shift_kernel<uint16_t, 8, false>",
+        "TemporalShiftParams",
+        256,
+        MOVE,
     ),
     Kernel(
         "temporal_shift.cuh",
-        "temporal_shift_replicate_backward_kernel<__nv_bfloat16, 8>",
+        "temporal_shift_kernel<uint32_t, 4, false>",
+        "TemporalShiftParams",
+        256,
+        MOVE,
+    ),
+    Kernel(
+        "temporal_shift.cuh",
+        "temporal_shift_kernel<__nv_bfloat16, 8, true>",
         "TemporalShiftParams",
         256,
         MOVE,
