@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from latent_shift import LatentShiftPipeline
-from latent_shift.cli import SCHEDULERS, main
+from latent_shift.cli import main
+from latent_shift.cli.generate import SCHEDULERS
 from tests.model import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
