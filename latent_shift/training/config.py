@@ -126,12 +126,20 @@ class ImageConfig:
     """The text-to-image stage: text encoder and U-Net together, on single frames.
 
     Attributes:
+        batch: whole frames a step.
+        crop: side, in latents, of the crops around the object that the first `crop_share` of the
+            steps train on. What tells a square from a circle is a few of a frame's 256 latents: on
+            whole frames the words for shapes were still unlearned when all others were known.
+        crop_batch: crops a step.
         noise_shift: 1 draws time steps uniformly, more draws them nearer to pure noise: time t of
             [0, 1) becomes s t / (1 + (s - 1) t), arXiv 2403.03206, equation 23.
     """
 
     steps: int = 5000
     batch: int = 64
+    crop: int = 8
+    crop_batch: int = 128
+    crop_share: float = 0.0
     caption_dropout: float = 0.1
     noise_shift: float = 1.0
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -226,6 +234,16 @@ class Recipe:
         factor = 2 ** (len(self.autoencoder.block_out_channels) - 1)
         if self.data.size % factor or self.autoencoder.crop % factor:
             raise ValueError(f"data.size and autoencoder.crop must be multiples of {factor}")
+        if self.image.crop_share and not 0 < self.image.crop <= self.latent_size:
+            raise ValueError(
+                f"image.crop must be from 1 to the latents' {self.latent_size}, "
+                f"got {self.image.crop}"
+            )
+        if self.image.crop_share and self.data.two_object_share:
+            raise ValueError(
+                "a crop around one object does not show what a caption says of two: set "
+                "image.crop_share or data.two_object_share to 0"
+            )
 
     @property
     def latent_size(self) -> int:

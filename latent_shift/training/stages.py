@@ -125,14 +125,9 @@ class AutoencoderStage:
         if crop < size:
             cut = []
             for row, truth in enumerate(truths):
-                # a crop that holds the first object's centre: most of a frame is plain background
-                low = [
-                    min(max(int(centre * size - float(part) * crop), 0), size - crop)
-                    for centre, part in zip(
-                        truth.objects[0].track[0], corner[mine][row], strict=True
-                    )
-                ]
-                cut.append(images[row, :, low[1] : low[1] + crop, low[0] : low[0] + crop])
+                cut.append(
+                    crop_around(images[row], truth.objects[0].track[0], corner[mine][row], crop)
+                )
             images = torch.stack(cut)
         images = (
             images.mul(2.0).sub(1.0).to(self.workspace.device, memory_format=torch.channels_last)
@@ -184,6 +179,23 @@ class AutoencoderStage:
             )[:, 0]
             chunks.append(images.mul(2.0).sub(1.0).to(self.workspace.device))
         return chunks
+
+
+def crop_around(image: Tensor, centre: tuple[float, float], corner: Tensor, crop: int) -> Tensor:
+    """Cuts a square that holds an object's centre: most of a frame is plain background.
+
+    Args:
+        image: (..., H, W) with H = W.
+        centre: (x, y) in frame units.
+        corner: (2,), where in the square the centre comes to lie, x and y in [0, 1).
+        crop: side of the square.
+    """
+    size = image.shape[-1]
+    left, top = (
+        min(max(int(place * size - float(part) * crop), 0), size - crop)
+        for place, part in zip(centre, corner, strict=True)
+    )
+    return image[..., top : top + crop, left : left + crop]
 
 
 def near_edges(images: Tensor) -> Tensor:
@@ -405,6 +417,7 @@ class ImageStage(DiffusionStage):
     """Trains text encoder and U-Net together on single frames."""
 
     name = "image"
+    config: ImageConfig
 
     def __init__(self, workspace: Workspace) -> None:
         super().__init__(workspace)
@@ -428,10 +441,24 @@ class ImageStage(DiffusionStage):
         ]
 
     def loss(self, step: int, generator: torch.Generator) -> Tensor:
-        batch = self.config.batch
+        cropped = step < self.config.crop_share * self.steps
+        batch = self.config.crop_batch if cropped else self.config.batch
         chosen = torch.randint(len(self.latents), (batch,), generator=generator)
         frames = torch.randint(self.latents.values.shape[1], (batch,), generator=generator)
         clean = self.latents.values[chosen, frames].unsqueeze(1)
+        if cropped:
+            # the object whole, or nearly: its outline is what the crops are for
+            corners = 0.3 + 0.4 * torch.rand(batch, 2, generator=generator)
+            tracks = [
+                self.latents.data.truth(index).objects[0].track[frame]
+                for index, frame in zip(chosen.tolist(), frames.tolist(), strict=True)
+            ]
+            clean = torch.stack(
+                [
+                    crop_around(latent, centre, corner, self.config.crop)
+                    for latent, centre, corner in zip(clean, tracks, corners, strict=True)
+                ]
+            )
         # half of the captions speak of motion, so that the words of motion are no news to the text
         # encoder later
         half = batch // 2
