@@ -96,7 +96,16 @@ def native() -> tuple[list, type]:
 
     common = {"define_macros": MACROS, "py_limited_api": True}
     sources = sorted(glob("csrc/cpu/*.cpp"))
-    extensions = [CppExtension(f"{PACKAGE}._C", sources, extra_compile_args=CXX_FLAGS, **common)]
+    headers = glob("csrc/common/*.h") + glob("csrc/cpu/*.h") + glob("csrc/cuda/*plan.h")
+    extensions = [
+        CppExtension(
+            f"{PACKAGE}._C",
+            sources,
+            extra_compile_args=CXX_FLAGS,
+            depends=sorted(headers),
+            **common,
+        )
+    ]
     cuda_sources = sorted(glob("csrc/cuda/*.cu"))
     if cuda_sources and torch.version.cuda:
         if CUDA_HOME:

@@ -201,8 +201,9 @@ class LatentShiftPipeline(StableDiffusionPipeline):
             TypeError: If it holds an image pipeline, which :meth:`from_t2i` loads.
         """
         source, index = _locate(pretrained_model_name_or_path, kwargs)
-        unet = (index or {}).get("unet", (None, LatentShiftUNet.__name__))
-        if "unet" not in kwargs and unet[1] != LatentShiftUNet.__name__:
+        unet = (index or {}).get("unet", (LatentShiftUNet.__module__, LatentShiftUNet.__name__))
+        # the shift's U-Net or the one with temporal layers; an image model's is of diffusers
+        if "unet" not in kwargs and unet[0].partition(".")[0] != __package__:
             raise TypeError(
                 f"{source!r} holds an image model ({unet[1]}): load it with "
                 "LatentShiftPipeline.from_t2i"

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    import torch
+
     from ..pipeline import LatentShiftPipeline
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -58,6 +60,46 @@ def choice(value: str, choices: Sequence[str] | dict[str, Any], option: str) -> 
     )
 
 
+def prompts_of(prompt: str | None, file: Path | None) -> list[str]:
+    """The prompt, or those of a file, one a line; exactly one of the two has to be given."""
+    if (prompt is None) == (file is None):
+        raise typer.BadParameter("give either a prompt or --prompts FILE", param_hint="PROMPT")
+    if file is None:
+        if prompt is None or not prompt.strip():
+            raise typer.BadParameter("the prompt is empty", param_hint="PROMPT")
+        return [prompt]
+    hint = "--prompts"
+    try:
+        lines = file.read_text(encoding="utf-8").rstrip().splitlines()
+    except OSError as error:
+        raise typer.BadParameter(
+            f"cannot read {str(file)!r}: {error.strerror}", param_hint=hint
+        ) from None
+    except UnicodeDecodeError:
+        raise typer.BadParameter(f"{str(file)!r} is not UTF-8 text", param_hint=hint) from None
+    if not lines:
+        raise typer.BadParameter(f"{str(file)!r} holds no prompt", param_hint=hint)
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            raise typer.BadParameter(
+                f"{str(file)!r}: line {number} is empty; put one prompt on every line",
+                param_hint=hint,
+            )
+    return [line.strip() for line in lines]
+
+
+def size_of(text: str | None) -> tuple[int | None, int | None]:
+    """Width and height of ``WIDTHxHEIGHT``."""
+    if text is None:
+        return None, None
+    match = re.fullmatch(r"([1-9]\d*)[xX]([1-9]\d*)", text.strip())
+    if not match:
+        raise typer.BadParameter(
+            f"{text!r} is not WIDTHxHEIGHT in pixels, such as 256x256", param_hint="--size"
+        )
+    return int(match[1]), int(match[2])
+
+
 def checked(check: Callable[[Path], None], path: Path) -> None:
     try:
         check(path)
@@ -91,9 +133,8 @@ def write(clip: Any, path: Path, fps: float, scale: int, metadata: dict[str, Any
         raise CommandError(f"cannot write {path}: {error}") from error
 
 
-def load(model: str, device: str, dtype: str) -> LatentShiftPipeline:
-    if dtype != "auto":
-        dtype = choice(dtype, ("auto", *DTYPES), "--dtype")
+def place_of(device: str) -> torch.device:
+    """The device of that name, which is tried out; ``"auto"`` is a GPU where there is one."""
     import torch
 
     if device == "auto":
@@ -106,6 +147,15 @@ def load(model: str, device: str, dtype: str) -> LatentShiftPipeline:
         raise typer.BadParameter(
             f"{device!r} is not to be had here ({reason}): use --device cpu", param_hint="--device"
         ) from None
+    return place
+
+
+def load(model: str, device: str, dtype: str) -> LatentShiftPipeline:
+    if dtype != "auto":
+        dtype = choice(dtype, ("auto", *DTYPES), "--dtype")
+    place = place_of(device)
+    import torch
+
     if dtype == "auto":
         dtype = "float32" if place.type == "cpu" else "float16"
 

@@ -25,6 +25,8 @@ from .common import (
     many,
     note,
     progress,
+    prompts_of,
+    size_of,
     write,
 )
 
@@ -97,11 +99,11 @@ def generate(
     dtype: Dtype = "auto",
 ) -> None:
     """Generates clips from text; frames, size, steps and guidance default to the model's own."""
-    texts = _prompts(prompt, prompts)
+    texts = prompts_of(prompt, prompts)
     names = [text for text in texts for _ in range(num_videos)]
     scheduler = scheduler and choice(scheduler, SCHEDULERS, "--scheduler")
     boundary = boundary and choice(boundary, BOUNDARIES, "--boundary")
-    width, height = _size(size)
+    width, height = size_of(size)
     files = _outputs(output or [_slug(texts[0]) if prompts is None else prompts.stem], len(names))
     seed = secrets.randbelow(2**31) if seed is None else seed
 
@@ -166,44 +168,6 @@ def generate(
     )
     say(f"load {loaded - started:.1f} s, denoise {denoise:.1f} s, decode {decode:.1f} s")
     say(_kernels(pipe.device.type))
-
-
-def _prompts(prompt: str | None, file: Path | None) -> list[str]:
-    if (prompt is None) == (file is None):
-        raise typer.BadParameter("give either a prompt or --prompts FILE", param_hint="PROMPT")
-    if file is None:
-        if prompt is None or not prompt.strip():
-            raise typer.BadParameter("the prompt is empty", param_hint="PROMPT")
-        return [prompt]
-    hint = "--prompts"
-    try:
-        lines = file.read_text(encoding="utf-8").rstrip().splitlines()
-    except OSError as error:
-        raise typer.BadParameter(
-            f"cannot read {str(file)!r}: {error.strerror}", param_hint=hint
-        ) from None
-    except UnicodeDecodeError:
-        raise typer.BadParameter(f"{str(file)!r} is not UTF-8 text", param_hint=hint) from None
-    if not lines:
-        raise typer.BadParameter(f"{str(file)!r} holds no prompt", param_hint=hint)
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            raise typer.BadParameter(
-                f"{str(file)!r}: line {number} is empty; put one prompt on every line",
-                param_hint=hint,
-            )
-    return [line.strip() for line in lines]
-
-
-def _size(text: str | None) -> tuple[int | None, int | None]:
-    if text is None:
-        return None, None
-    match = re.fullmatch(r"([1-9]\d*)[xX]([1-9]\d*)", text.strip())
-    if not match:
-        raise typer.BadParameter(
-            f"{text!r} is not WIDTHxHEIGHT in pixels, such as 256x256", param_hint="--size"
-        )
-    return int(match[1]), int(match[2])
 
 
 def _slug(text: str) -> str:
