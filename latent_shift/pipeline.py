@@ -45,6 +45,7 @@ from transformers import (
 )
 
 from . import __version__
+from .graphs import UNetGraphs
 from .unet import LatentShiftUNet, ShiftConfig, insert_shift, remove_shift
 from .video import numbered, write_clip
 
@@ -167,6 +168,7 @@ class LatentShiftPipeline(StableDiffusionPipeline):
         default_guidance_scale: float = 7.5,
     ) -> None:
         _check_unet(unet, vae)
+        self._graphs: UNetGraphs | None = None
         super().__init__(
             vae=vae,
             text_encoder=text_encoder,
@@ -298,6 +300,34 @@ class LatentShiftPipeline(StableDiffusionPipeline):
         config = replace(self.unet.shift_config, **changes)
         remove_shift(self.unet)
         insert_shift(self.unet, config)
+
+    def enable_cuda_graphs(self) -> None:
+        """Records the U-Net's call once for every shape, and replays it in every step from then on:
+        no launch is waited for. Prompts, seeds, sizes, weights and LoRA adapters change freely; of
+        other changes to the U-Net (FreeU, hooks) tell it by calling this again.
+
+        Calls with ``cross_attention_kwargs``, and those after a move to the CPU, run without.
+        :meth:`disable_cuda_graphs` gives the graphs' memory back.
+
+        Raises:
+            ValueError: If the U-Net is not on a CUDA device, or is moved around by offloading,
+                which a recorded graph cannot follow.
+        """
+        if hasattr(self.unet, "_hf_hook"):
+            raise ValueError(
+                "CUDA graphs need the U-Net to stay on its device: turn offloading off first, by "
+                "pipe.remove_all_hooks()"
+            )
+        if self.unet.device.type != "cuda":
+            raise ValueError(
+                f"CUDA graphs need the pipeline on a CUDA device, it is on {self.unet.device}: "
+                "call pipe.to('cuda') first"
+            )
+        self._graphs = UNetGraphs()
+
+    def disable_cuda_graphs(self) -> None:
+        """Takes :meth:`enable_cuda_graphs` back."""
+        self._graphs = None
 
     @property
     def model_name(self) -> str | None:
@@ -489,17 +519,13 @@ class LatentShiftPipeline(StableDiffusionPipeline):
                 guided = self.do_classifier_free_guidance
                 model_input = torch.cat([latents] * 2) if guided else latents
                 model_input = self.scheduler.scale_model_input(model_input, t)
-                noise_pred = self.unet(
+                noise_pred = self._predict(
                     model_input,  # (2B, C, T, h, w)
                     t,
-                    encoder_hidden_states=prompt_embeds,
-                    timestep_cond=timestep_cond,
-                    cross_attention_kwargs=cross_attention_kwargs,
-                    # addition_embed_type "text" pools the text embeddings itself, but wants a dict
-                    # here
-                    added_cond_kwargs={},
-                    return_dict=False,
-                )[0]
+                    prompt_embeds,
+                    timestep_cond,
+                    cross_attention_kwargs,
+                )
                 if guided:
                     negative, positive = noise_pred.chunk(2)
                     noise_pred = negative + self.guidance_scale * (positive - negative)
@@ -564,6 +590,31 @@ class LatentShiftPipeline(StableDiffusionPipeline):
             metadata=metadata,
             output_type=output_type,
         )
+
+    def _predict(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        text: Tensor,
+        timestep_cond: Tensor | None,
+        cross_attention_kwargs: dict[str, Any] | None,
+    ) -> Tensor:
+        inputs = {
+            "sample": sample,
+            "timestep": timestep,
+            "encoder_hidden_states": text,
+            "timestep_cond": timestep_cond,
+        }
+        if self._graphs is not None and sample.is_cuda and not cross_attention_kwargs:
+            inputs["timestep"] = torch.as_tensor(timestep, device=sample.device)
+            return self._graphs(self.unet, inputs)
+        return self.unet(
+            **inputs,
+            cross_attention_kwargs=cross_attention_kwargs,
+            # addition_embed_type "text" pools the text embeddings itself, but wants a dict here
+            added_cond_kwargs={},
+            return_dict=False,
+        )[0]
 
     def encode_prompt(
         self,
