@@ -1,59 +1,42 @@
-"""What the CUDA kernels move and compute at every norm of the U-Net, and the least time that takes.
+"""What the CUDA kernels move and compute at every site of the U-Net, and the least time that takes.
 
     python -m benchmarks.roofline --device h200 --resolution 256 --frames 32
+    python -m benchmarks.roofline --write docs/kernels.md     # the table in the documentation
 
-Bytes and operations follow from the launch parameters that the kernels' own planning chooses for
-the device (csrc/cuda/norm_plan.h, through the host module of the tests, which needs g++ and
-pybind11). Two floors: bytes over bandwidth, and exponentials and reciprocals (two a sigmoid) over
-the rate of the special-function units. Traffic counts every access of memory as one of DRAM; of a
-second read L2 may serve part.
+Bytes and operations are those of latent_shift_kernels.cost, which has them from the launches that
+the kernels' own planning chooses for the device. Three floors: bytes over bandwidth, exponentials
+and reciprocals (two a sigmoid) over the rate of the special-function units, and the convolution's
+products over the dense rate of the tensor cores. Nothing here is a measurement of a kernel.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 from benchmarks.sites import NUM_GROUPS, Site, unet_sites
+from latent_shift_kernels import cost
+from latent_shift_kernels.cost import DEVICES, Cost, Device, Work
 
-BFLOAT16 = 1
-ITEM = 2  # bytes
-SUM = 4  # bytes of a sum or a statistic
-SPECIAL_PER_CLOCK = 16  # exponentials and reciprocals, per multiprocessor
-
-
-@dataclass(frozen=True)
-class Device:
-    """What the floors are taken from; ``bandwidth`` is bytes a second."""
-
-    arch: int
-    num_sms: int
-    shared_per_block: int  # KiB
-    bandwidth: float
-    clock: float  # Hz
-    source: str
-
-    @property
-    def special_rate(self) -> float:
-        return SPECIAL_PER_CLOCK * self.num_sms * self.clock
-
-
-DEVICES = {
-    "h200": Device(90, 132, 227, 4.3e12, 1.755e9, "copy bandwidth as measured"),
-    "h100": Device(90, 132, 227, 3.35e12, 1.755e9, "data sheet, SXM"),
-    "a100": Device(80, 108, 163, 2.04e12, 1.41e9, "data sheet, 80 GB SXM"),
-    "b200": Device(100, 148, 227, 8.0e12, 1.85e9, "data sheet"),
-    "l40s": Device(89, 142, 99, 0.864e12, 2.52e9, "data sheet"),
-}
+OPERATORS = (
+    ("temporal_shift", False),
+    ("shift_add", False),
+    (cost.NORM, False),
+    (cost.NORM, True),
+    (f"{cost.NORM}_backward", False),
+    (cost.CONV2D, False),
+    (cost.CONV2D, True),
+)
+"""Operators, and whether a residual is added in them."""
+BEGIN, END = "<!-- roofline: begin -->", "<!-- roofline: end -->"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One operator at one site."""
+    """One operator at one site, and the way that serves it."""
 
     site: str
     operator: str
@@ -66,117 +49,104 @@ class Row:
     flops: int
     floor_us: float  # of the bytes
     special_us: float  # of exponentials and reciprocals
+    tensor_us: float  # of the convolution's products
 
 
-class Model:
-    """The kernels' planning under one device's limits."""
+def out_channels(site: Site, latent: int) -> int:
+    """Of the convolution behind the norm of a site: what its level of the U-Net is wide."""
+    return 320 * min(latent // site.side, 4)
 
-    def __init__(self, device: Device, host: ModuleType) -> None:
-        self.device = device
-        self.host = host
-        shared = device.shared_per_block << 10
-        host.configure(0, False, device.arch, shared, device.num_sms)
 
-    def plan(self, which: str, site: Site) -> dict[str, Any]:
-        return getattr(self.host, f"plan_norm_{which}")(
-            {
-                "dtype": BFLOAT16,
-                "channels_last": True,
-                "frames": site.frames,
-                "channels": site.channels,
-                "pixels": site.side**2,
-                "groups": NUM_GROUPS,
-                "aligned": True,
-            }
+def work_of(site: Site, operator: str, residual: bool, latent: int) -> Work:
+    """The call of an operator at a site, in bf16 and channels_last."""
+    work = Work(operator, site.shape, num_groups=NUM_GROUPS, residual=residual)
+    if operator == cost.CONV2D:
+        return replace(work, out_channels=out_channels(site, latent))
+    return work
+
+
+def rows_of(site: Site, device: Device, latent: int) -> Iterator[Row]:
+    """Every operator at a site; the convolution both ways."""
+    for operator, residual in OPERATORS:
+        work = work_of(site, operator, residual, latent)
+        name = f"{operator}, residual" if residual else operator
+        found = cost.cuda(work, device)
+        if found is not None:
+            yield row_of(site, name, found, device)
+        if operator == cost.CONV2D:
+            yield row_of(site, name, cost.composed(work, device), device)
+
+
+def row_of(site: Site, operator: str, found: Cost, device: Device) -> Row:
+    tensor = found.flops if operator.startswith(cost.CONV2D) else 0
+    return Row(
+        site.name, operator, found.variant, found.blocks, found.threads, found.shared,
+        found.launches, found.bytes, found.flops,
+        round(found.bytes / device.bandwidth * 1e6, 2),
+        round(found.special / device.special_rate * 1e6, 2),
+        round(tensor / device.tensor_rate * 1e6, 2),
+    )  # fmt: skip
+
+
+def table(rows: list[Row]) -> str:
+    """For a terminal."""
+    lines = [
+        f"{'site':26} {'operator':38} {'variant':30} "
+        + " ".join(f"{name:>8}" for name in ("blocks", "threads", "shared", "MB", "floor us"))
+        + f" {'SFU us':>8} {'MMA us':>8}"
+    ]
+    lines += [
+        f"{row.site:26} {row.operator:38} {row.variant:30} {row.blocks:8} {row.threads:8} "
+        f"{row.shared:8} {row.bytes / 1e6:8.1f} {row.floor_us:8.2f} {row.special_us:8.2f} "
+        f"{row.tensor_us:8.2f}"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def markdown(sites: list[Site], name: str, latent: int) -> str:
+    """For the documentation: a line a site, the operators side by side."""
+    device = DEVICES[name]
+    lines = [
+        f"{name.upper()}, {sites[0].frames} frames of {latent * 8}x{latent * 8} pixels, bf16, "
+        "channels_last. MB moved / floor in microseconds; the convolution's floor is its products' "
+        "on the tensor cores.",
+        "",
+        "| site, norms | shift | shift_add | norm | how | backward | how | conv | one kernel | "
+        "its tile | composed |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for site in sites:
+        at = {row.operator: row for row in rows_of(site, device, latent)}
+        works = work_of(site, cost.CONV2D, False, latent)
+        fused, parts = cost.cuda(works, device), cost.composed(works, device)
+        norm, backward = at[cost.NORM], at[f"{cost.NORM}_backward"]
+
+        def moved(row: Row) -> str:
+            return f"{row.bytes / 1e6:.1f} / {row.floor_us:.1f}"
+
+        conv = f"{fused.bytes / 1e6:.1f}" if fused else "-"
+        tile = fused.variant.replace(" channels a block", "") if fused else "-"
+        lines.append(
+            f"| {site.name}, {site.count} | {moved(at['temporal_shift'])} | "
+            f"{moved(at['shift_add'])} | {moved(norm)} | {norm.variant} | {moved(backward)} | "
+            f"{backward.variant} | {parts.flops / device.tensor_rate * 1e6:.1f} | {conv} | {tile} "
+            f"| {parts.bytes / 1e6:.1f} |"
         )
-
-    def rows(self, site: Site) -> list[Row]:
-        elements = site.frames * site.channels * site.side**2
-        moved = [
-            ("temporal_shift", 2, 0),
-            ("shift_add", 3, 2),
-        ]
-        rows = []
-        for operator, tensors, flops in moved:
-            frame = site.channels * site.side**2
-            blocks = site.frames * -(-frame // (256 * 4 * 8))
-            rows.append(
-                self.row(site, operator, "one launch", (blocks, 256, 0), 1,
-                         tensors * elements * ITEM, flops * elements, 0)
-            )  # fmt: skip
-        plan = self.plan("forward", site)
-        launch = (plan["blocks"], plan["threads"], plan["shared"])
-        split = plan["variant"] == "split"
-        statistics = 2 * site.frames * NUM_GROUPS * SUM
-        for operator, tensors in (
-            ("shift_add_group_norm_silu", 3 if split else 2),
-            ("shift_add_group_norm_silu, residual", 5 if split else 4),
-        ):
-            traffic = tensors * elements * ITEM + statistics
-            if split:
-                traffic += 2 * plan["workspace"] * SUM + 2 * statistics
-            rows.append(
-                self.row(site, operator, plan["variant"], launch, 3 if split else 1, traffic,
-                         14 * elements, 2 * elements)
-            )  # fmt: skip
-        plan = self.plan("backward", site)
-        launch = (plan["blocks"], plan["threads"], plan["shared"])
-        split = plan["variant"] == "split"
-        # dz and dz * xhat per frame, tile and channel, written and read by the last launch
-        sums = 2 * 2 * site.frames * plan["tiles"] * site.channels * SUM
-        traffic = (5 if split else 3) * elements * ITEM + sums + statistics
-        rows.append(
-            self.row(site, "shift_add_group_norm_silu_backward", plan["variant"], launch,
-                     4 if split else 2, traffic, 34 * elements, 4 * elements)
-        )  # fmt: skip
-        return rows
-
-    def row(
-        self,
-        site: Site,
-        operator: str,
-        variant: str,
-        launch: tuple[int, int, int],
-        launches: int,
-        traffic: int,
-        flops: int,
-        special: int,
-    ) -> Row:
-        blocks, threads, shared = launch
-        floor = traffic / self.device.bandwidth * 1e6
-        return Row(
-            site.name, operator, variant, blocks, threads, shared, launches, traffic, flops,
-            round(floor, 2), round(special / self.device.special_rate * 1e6, 2),
-        )  # fmt: skip
+    return "\n".join(lines)
 
 
-def load_host() -> ModuleType:
-    from tests.host import build
+def written(page: str, text: str) -> str:
+    """``page`` with ``text`` in place of what stands between the marks.
 
-    reason = build.why_not()
-    if reason:
-        raise SystemExit(f"benchmarks.roofline needs the host module: {reason}")
-    return build.load()
-
-
-def print_table(rows: list[Row]) -> None:
-    names = (
-        "site",
-        "operator",
-        "variant",
-        "blocks",
-        "threads",
-        "shared",
-        "MB",
-        "floor us",
-        "SFU us",
-    )
-    print(f"{names[0]:26} {names[1]:36} {names[2]:10} " + " ".join(f"{n:>8}" for n in names[3:]))
-    for row in rows:
-        print(
-            f"{row.site:26} {row.operator:36} {row.variant:10} {row.blocks:8} {row.threads:8} "
-            f"{row.shared:8} {row.bytes / 1e6:8.1f} {row.floor_us:8.2f} {row.special_us:8.2f}"
-        )
+    Raises:
+        ValueError: If the marks are not there.
+    """
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"expected the lines {BEGIN} and {END} in the page")
+    return f"{before}{begin}\n{text}\n{end}{after}"
 
 
 def main() -> None:
@@ -186,13 +156,20 @@ def main() -> None:
     parser.add_argument("--resolution", type=int, default=256)
     parser.add_argument("--frames", type=int, default=32)
     parser.add_argument("--json", type=Path, help="where to write the rows")
+    parser.add_argument("--write", type=Path, help="a page to write the table into")
     given = parser.parse_args()
     device = DEVICES[given.device]
     if given.bandwidth:
-        device = Device(**{**asdict(device), "bandwidth": given.bandwidth, "source": "given"})
-    model = Model(device, load_host())
-    rows = [row for site in unet_sites(given.resolution, given.frames) for row in model.rows(site)]
-    print_table(rows)
+        device = replace(device, bandwidth=given.bandwidth, source="given")
+    sites, latent = unet_sites(given.resolution, given.frames), given.resolution // 8
+    rows = [row for site in sites for row in rows_of(site, device, latent)]
+    if not any(row.operator == cost.NORM for row in rows):
+        parser.error("the plans are the CPU library's, which is not built: pip install .")
+    if given.write:
+        page = given.write.read_text()
+        given.write.write_text(written(page, markdown(sites, given.device, latent)))
+    else:
+        print(table(rows))
     if given.json:
         record = {
             "device": {"name": given.device, **asdict(device)},

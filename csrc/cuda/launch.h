@@ -10,29 +10,15 @@
 #include <stdexcept>
 #include <string>
 
-namespace latent_shift::cuda {
+#include "plan.h"
 
-struct Limits {
-  int arch;              // 80, 90, ...
-  int shared_per_block;  // bytes a block may ask for
-  int num_sms;
-};
+namespace latent_shift::cuda {
 
 struct Grid {
   dim3 blocks, threads;
   unsigned cluster = 1;  // blocks per cluster, a divisor of blocks.x
   size_t shared = 0;     // bytes of dynamic shared memory
 };
-
-template <class Int>
-constexpr Int ceil_div(Int a, Int b) {
-  return (a + b - 1) / b;
-}
-
-template <class Int>
-constexpr Int round_up(Int a, Int b) {
-  return ceil_div(a, b) * b;
-}
 
 // A one-dimensional grid; a launch holds fewer than 2^31 blocks.
 inline Grid grid_of(int64_t blocks, int threads, unsigned cluster = 1, size_t shared = 0) {

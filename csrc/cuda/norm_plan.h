@@ -10,10 +10,13 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
+#include <cstddef>
 #include <limits>
+#include <stdexcept>
+#include <string>
 
-#include "launch.h"
-#include "vec.cuh"
+#include "plan.h"
 
 namespace latent_shift::cuda {
 
@@ -48,6 +51,9 @@ struct NormNeeds {
   int per_group;
   int threads_per_sm;  // that the registers allow
 };
+
+constexpr NormNeeds kNormForwardNeeds{1, 2, 3, 5, 640};
+constexpr NormNeeds kNormBackwardNeeds{2, 2, 5, 6, 512};
 
 struct NormPlan {
   NormTiling tiling{};
@@ -198,6 +204,19 @@ inline NormPlan plan_norm(const NormShape& shape, const NormNeeds& needs, const 
   throw std::runtime_error("no tile of a norm over " + std::to_string(group) + " channels and " +
                            std::to_string(shape.pixels) + " pixels a group fits " +
                            std::to_string(limits.shared_per_block) + " bytes of shared memory");
+}
+
+inline NormPlan plan_norm_forward(const NormShape& shape, const Limits& limits) {
+  return plan_norm(shape, kNormForwardNeeds, limits);
+}
+
+inline NormPlan plan_norm_backward(const NormShape& shape, const Limits& limits) {
+  return plan_norm(shape, kNormBackwardNeeds, limits);
+}
+
+// Numbers of workspace that a forward call needs.
+inline int64_t norm_workspace(const NormShape& shape, const NormPlan& plan) {
+  return plan.split ? 2 * shape.frames * plan.tiles() * shape.groups : 0;
 }
 
 }  // namespace latent_shift::cuda

@@ -337,7 +337,9 @@ LS_DEVICE bool elect_one() {
 
 #endif
 
+// The barrier wants a warp's lanes together, and they may come from a loop that they left one by one.
 LS_DEVICE void cluster_sync() {
+  __syncwarp();
   cluster_arrive();
   cluster_wait();
 }

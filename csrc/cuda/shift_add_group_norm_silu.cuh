@@ -15,13 +15,12 @@
 // a constant group has exactly its value for mean; every order of summation is fixed, no atomics.
 #pragma once
 
+#include "launch.h"
 #include "reduce.cuh"
 
 namespace latent_shift::cuda {
 
 enum class NormStage : int32_t { kWhole, kPartial, kApply };
-
-constexpr NormNeeds kNormForwardNeeds{1, 2, 3, 5, 640};
 
 struct NormArgs {
   NormShape shape;
@@ -295,15 +294,6 @@ __global__ void __launch_bounds__(kMergeThreads)
     static_cast<A*>(p.rstd)[statistic] =
         1 / sqrt((squares < 0 ? 0 : squares) / count + static_cast<A>(p.eps));
   }
-}
-
-inline NormPlan plan_norm_forward(const NormShape& shape, const Limits& limits) {
-  return plan_norm(shape, kNormForwardNeeds, limits);
-}
-
-// Numbers of workspace that a call needs.
-inline int64_t norm_workspace(const NormShape& shape, const NormPlan& plan) {
-  return plan.split ? 2 * shape.frames * plan.tiles() * shape.groups : 0;
 }
 
 namespace detail {

@@ -13,13 +13,12 @@
 // embedding) per frame, tile and channel, which a last launch adds up in a fixed order.
 #pragma once
 
+#include "launch.h"
 #include "reduce.cuh"
 #include "shift_add_group_norm_silu.cuh"
 #include "temporal_shift.cuh"
 
 namespace latent_shift::cuda {
-
-constexpr NormNeeds kNormBackwardNeeds{2, 2, 5, 6, 512};
 
 struct NormGradient {
   void* data = nullptr;  // null where the parameter is absent
@@ -380,10 +379,6 @@ __global__ void __launch_bounds__(32 * kParameterRows)
     if (p.dweight.data) write(p.dweight.data, p.dweight.dtype, at, first);
     if (p.dbias.data) write(p.dbias.data, p.dbias.dtype, at, second);
   }
-}
-
-inline NormPlan plan_norm_backward(const NormShape& shape, const Limits& limits) {
-  return plan_norm(shape, kNormBackwardNeeds, limits);
 }
 
 namespace detail {

@@ -140,20 +140,14 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> run_conv(
   a.filter_bias = tensors.table(filter_bias, "filter_bias");
   a.out_temb = tensors.table(out_temb, "out_temb");
   a.shift_after = shift_after;
-  a.frames = frames;
-  a.height = height;
-  a.width = width;
-  a.x_channels = x.size(1);
-  a.skip_channels = skip_channels;
-  a.out_channels = out_channels;
-  a.groups = num_groups;
+  a.shape = {frames, height, width, x.size(1), skip_channels, out_channels, num_groups, emit_sums};
   a.eps = static_cast<float>(eps);
   a.scale = static_cast<float>(scale);
   a.out = out.mutable_data_ptr();
   a.mean = static_cast<float*>(mean.mutable_data_ptr());
   a.rstd = static_cast<float*>(rstd.mutable_data_ptr());
   a.sums = emit_sums ? static_cast<float*>(sums.mutable_data_ptr()) : nullptr;
-  const ConvPlan plan = plan_conv(a, limits);
+  const ConvPlan plan = plan_conv(a.shape, limits);
   STD_TORCH_CHECK(plan.variant >= 0, "no kernel of the fused convolution fits into ",
                   limits.shared_per_block, " bytes of shared memory");
   Tensor workspace = empty_on(x, {static_cast<int64_t>(plan.workspace_bytes)}, ScalarType::Byte);

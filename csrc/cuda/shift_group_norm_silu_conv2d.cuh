@@ -25,7 +25,6 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <iterator>
 
 #include "launch.h"
@@ -36,7 +35,6 @@ namespace latent_shift::cuda {
 
 // ---- 1: statistics -----------------------------------------------------------------------------
 
-constexpr int kStatisticsPixels = 256;
 constexpr int kStatisticsChannels = 64;
 constexpr int kStatisticsThreads = 256;
 
@@ -280,37 +278,18 @@ __global__ void __launch_bounds__(kSumsThreads)
 // ---- planning ----------------------------------------------------------------------------------
 
 struct ConvArgs {
+  ConvShape shape;
   DType dtype;  // of x, skip, filter, residual and out
   const void *x, *skip, *filter, *residual;
   Table temb, weight, bias, ada_scale, ada_shift, filter_bias, out_temb;
   Shift shift, out_shift;
   bool shift_after;
   int64_t filter_strides[4];
-  int64_t frames, height, width, x_channels, skip_channels, out_channels, groups;
   float eps, scale;
   void *out, *workspace;  // the plan's workspace_bytes, aligned to 256
   float *mean, *rstd;     // [frames, groups]
-  float* sums;            // [frames, out_channels, 2], or null
+  float* sums;            // [frames, out_channels, 2], or null unless shape.sums
 };
-
-// A kernel for so many output channels a CTA.
-struct ConvVariant {
-  int arch;  // 90: that only; 80: that and later
-  int columns, threads, shared;
-  int ctas_per_sm;
-  int step_clocks;  // of a tap of 32 channels, both tiles, from the dense bf16 rates
-};
-
-template <int Columns>
-constexpr ConvVariant kMmaVariant{
-    80, Columns, ConvMma<Columns>::kThreads, ConvMma<Columns>::kShared, 2, Columns * 4 + 64};
-template <int Columns>
-constexpr ConvVariant kWgmmaVariant{
-    90, Columns, ConvWgmma<Columns>::kThreads, ConvWgmma<Columns>::kShared, 1, Columns * 2 + 32};
-
-constexpr std::array kConvVariants{kMmaVariant<64>,    kMmaVariant<128>,  kMmaVariant<160>,
-                                   kWgmmaVariant<64>,  kWgmmaVariant<80>, kWgmmaVariant<128>,
-                                   kWgmmaVariant<160>, kWgmmaVariant<320>};
 
 // The kernels of kConvVariants, in that order.
 template <class Launcher, class T>
@@ -333,76 +312,6 @@ struct ConvKernels {
   static_assert(std::size(kTable) == kConvVariants.size());
 };
 
-struct ConvPlan {
-  int variant = -1;  // of kConvVariants, -1 if none fits
-  unsigned cluster = 1;
-  int64_t tiles = 0, cta_columns = 0, ctas = 0, blocks = 0, pixel_chunks = 0;
-  // offsets in the workspace
-  size_t statistics = 0, affine = 0, filters = 0, partials = 0, workspace_bytes = 0;
-};
-
-// Why no kernel here serves these sizes, or null.
-inline const char* conv_refusal(int64_t x_channels, int64_t skip_channels, int64_t out_channels,
-                                const Limits& limits) {
-  if (limits.arch < 80) return "needs sm_80 or later";
-  if (x_channels % kChunk || skip_channels % kChunk || out_channels % kChunk)
-    return "needs channel counts that are multiples of 8";
-  return nullptr;
-}
-
-inline ConvPlan plan_conv(const ConvArgs& a, int variant) {
-  ConvPlan plan;
-  const ConvVariant& v = kConvVariants[variant];
-  const int64_t in_channels = a.x_channels + a.skip_channels, pixels = a.height * a.width;
-  plan.variant = variant;
-  plan.tiles = a.frames * ceil_div<int64_t>(a.height, kTile) * ceil_div<int64_t>(a.width, kTile);
-  plan.cta_columns = ceil_div<int64_t>(a.out_channels, v.columns);
-  plan.blocks = ceil_div<int64_t>(in_channels, kBlockChannels);
-  plan.pixel_chunks = ceil_div<int64_t>(pixels, kStatisticsPixels);
-  plan.ctas = ceil_div<int64_t>(plan.tiles, kCtaTiles);
-  plan.cluster = v.arch == 90 && plan.ctas > 1 ? 2 : 1;
-  plan.ctas = round_up<int64_t>(plan.ctas, plan.cluster);
-  const auto reserve = [&plan](int64_t bytes) {
-    const size_t at = plan.workspace_bytes;
-    plan.workspace_bytes += round_up<int64_t>(bytes, 256);
-    return at;
-  };
-  plan.statistics = reserve(a.frames * plan.pixel_chunks * in_channels * sizeof(float2));
-  plan.affine = reserve(a.frames * 2 * in_channels * sizeof(float));
-  plan.filters = reserve(plan.cta_columns * plan.blocks * kTaps * stage_bytes(v.columns));
-  plan.partials = reserve(a.sums ? plan.tiles * a.out_channels * sizeof(float2) : 0);
-  return plan;
-}
-
-// Clocks of the convolution by tile counts and dense rates: whole waves of CTAs, each with the taps
-// of its k loop, a fixed start and an end that grows with the columns. An estimate that has not been
-// fitted to a device; it only ranks the variants.
-inline double conv_clocks(const ConvPlan& plan, const Limits& limits) {
-  constexpr double kStartClocks = 3000, kEndClocksPerColumn = 25;
-  const ConvVariant& v = kConvVariants[plan.variant];
-  const int64_t slots = int64_t{limits.num_sms} * v.ctas_per_sm;
-  const double waves = static_cast<double>(ceil_div(plan.ctas * plan.cta_columns, slots));
-  const double loop = static_cast<double>(plan.blocks) * kTaps * v.step_clocks * v.ctas_per_sm;
-  return waves * (loop + kStartClocks + kEndClocksPerColumn * v.columns);
-}
-
-// The variant of the device's best instruction with the fewest clocks.
-inline ConvPlan plan_conv(const ConvArgs& a, const Limits& limits) {
-  ConvPlan best;
-  double fewest = 0;
-  const int arch = limits.arch == 90 ? 90 : 80;
-  for (int i = 0; i < static_cast<int>(kConvVariants.size()); ++i) {
-    const ConvVariant& v = kConvVariants[i];
-    if (v.arch != arch || v.shared > limits.shared_per_block) continue;
-    const ConvPlan plan = plan_conv(a, i);
-    const double clocks = conv_clocks(plan, limits);
-    if (best.variant >= 0 && clocks >= fewest) continue;
-    best = plan;
-    fewest = clocks;
-  }
-  return best;
-}
-
 // ---- launches ----------------------------------------------------------------------------------
 
 template <class T, class Launcher>
@@ -410,20 +319,21 @@ void launch_conv(Launcher& launcher, const ConvArgs& a, const ConvPlan& plan) {
   const ConvVariant& v = kConvVariants[plan.variant];
   const auto narrowed = [](int64_t n) { return static_cast<int32_t>(n); };
   unsigned char* const workspace = static_cast<unsigned char*>(a.workspace);
-  const int64_t in_channels = a.x_channels + a.skip_channels, pixels = a.height * a.width;
+  const int64_t in_channels = a.shape.x_channels + a.shape.skip_channels,
+                pixels = a.shape.height * a.shape.width;
 
   StatisticsParams statistics{};
   statistics.x = a.x;
   statistics.skip = a.skip;
   statistics.partials = reinterpret_cast<float2*>(workspace + plan.statistics);
-  statistics.x_channels = narrowed(a.x_channels);
+  statistics.x_channels = narrowed(a.shape.x_channels);
   statistics.in_channels = narrowed(in_channels);
   statistics.pixels = narrowed(pixels);
   statistics.pixel_chunks = narrowed(plan.pixel_chunks);
   statistics.channel_blocks = narrowed(ceil_div<int64_t>(in_channels, kStatisticsChannels));
   constexpr size_t kStatisticsShared = (kStatisticsThreads / 32 + 1) * kStatisticsChannels * 4;
   launcher.template launch<conv_statistics_kernel<T>>(
-      grid_of(a.frames * plan.pixel_chunks * statistics.channel_blocks, kStatisticsThreads, 1,
+      grid_of(a.shape.frames * plan.pixel_chunks * statistics.channel_blocks, kStatisticsThreads, 1,
               kStatisticsShared),
       statistics);
 
@@ -438,22 +348,23 @@ void launch_conv(Launcher& launcher, const ConvArgs& a, const ConvPlan& plan) {
   fold.rstd = a.rstd;
   fold.affine = reinterpret_cast<float*>(workspace + plan.affine);
   fold.shift = a.shift;
-  fold.frames = a.frames;
-  fold.groups = narrowed(a.groups);
+  fold.frames = a.shape.frames;
+  fold.groups = narrowed(a.shape.groups);
   fold.in_channels = narrowed(in_channels);
   fold.pixels = narrowed(pixels);
   fold.pixel_chunks = narrowed(plan.pixel_chunks);
   fold.eps = a.eps;
   fold.shift_after = a.shift_after;
   launcher.template launch<conv_fold_kernel>(
-      grid_of(ceil_div<int64_t>(a.frames * a.groups, kFoldThreads / 32), kFoldThreads), fold);
+      grid_of(ceil_div<int64_t>(a.shape.frames * a.shape.groups, kFoldThreads / 32), kFoldThreads),
+      fold);
 
   PackParams pack{};
   pack.filter = a.filter;
   pack.packed = workspace + plan.filters;
   std::copy(std::begin(a.filter_strides), std::end(a.filter_strides), pack.strides);
   pack.in_channels = narrowed(in_channels);
-  pack.out_channels = narrowed(a.out_channels);
+  pack.out_channels = narrowed(a.shape.out_channels);
   pack.columns = v.columns;
   pack.column_blocks = narrowed(plan.cta_columns);
   pack.blocks = narrowed(plan.blocks);
@@ -468,19 +379,19 @@ void launch_conv(Launcher& launcher, const ConvArgs& a, const ConvPlan& plan) {
   conv.filters = pack.packed;
   conv.residual = a.residual;
   conv.out = a.out;
-  conv.partials = a.sums ? reinterpret_cast<float*>(workspace + plan.partials) : nullptr;
+  conv.partials = a.shape.sums ? reinterpret_cast<float*>(workspace + plan.partials) : nullptr;
   conv.filter_bias = a.filter_bias;
   conv.out_temb = a.out_temb;
   conv.shift = a.shift;
   conv.out_shift = a.out_shift;
-  conv.frames = narrowed(a.frames);
-  conv.height = narrowed(a.height);
-  conv.width = narrowed(a.width);
-  conv.x_channels = narrowed(a.x_channels);
+  conv.frames = narrowed(a.shape.frames);
+  conv.height = narrowed(a.shape.height);
+  conv.width = narrowed(a.shape.width);
+  conv.x_channels = narrowed(a.shape.x_channels);
   conv.in_channels = narrowed(in_channels);
-  conv.out_channels = narrowed(a.out_channels);
-  conv.tiles_x = narrowed(ceil_div<int64_t>(a.width, kTile));
-  conv.tiles_per_frame = narrowed(plan.tiles / a.frames);
+  conv.out_channels = narrowed(a.shape.out_channels);
+  conv.tiles_x = narrowed(ceil_div<int64_t>(a.shape.width, kTile));
+  conv.tiles_per_frame = narrowed(plan.tiles / a.shape.frames);
   conv.tiles = narrowed(plan.tiles);
   conv.blocks = narrowed(plan.blocks);
   conv.out_scale = a.scale;
@@ -488,18 +399,19 @@ void launch_conv(Launcher& launcher, const ConvArgs& a, const ConvPlan& plan) {
   grid.blocks.y = static_cast<unsigned>(plan.cta_columns);
   ConvKernels<Launcher, T>::kTable[plan.variant](launcher, grid, conv);
 
-  if (!a.sums) return;
+  if (!a.shape.sums) return;
   SumsParams sums{};
   sums.partials = reinterpret_cast<const float2*>(conv.partials);
   sums.sums = reinterpret_cast<float2*>(a.sums);
-  sums.frames = a.frames;
+  sums.frames = a.shape.frames;
   sums.channels = conv.out_channels;
   sums.height = conv.height;
   sums.width = conv.width;
   sums.tiles_x = conv.tiles_x;
   sums.tiles_per_frame = conv.tiles_per_frame;
   launcher.template launch<conv_sums_kernel>(
-      grid_of(ceil_div<int64_t>(a.frames * a.out_channels, kSumsThreads), kSumsThreads), sums);
+      grid_of(ceil_div<int64_t>(a.shape.frames * a.shape.out_channels, kSumsThreads), kSumsThreads),
+      sums);
 }
 
 template <class Launcher>

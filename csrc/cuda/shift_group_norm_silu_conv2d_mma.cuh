@@ -13,31 +13,12 @@
 
 namespace latent_shift::cuda {
 
-template <int Columns>
-struct ConvMma {
-  static constexpr int kColumns = Columns;
-  static constexpr int kThreads = kCtaTiles * kTileThreads;
-  // the sums of 160 columns leave no room for a second CTA's registers
-  static constexpr int kCtasPerSm = Columns > 128 ? 1 : 2;
-  static constexpr int kStages = 4;
-  // of a block: its copies have landed when as many steps have begun as there are stages
-  static constexpr int kActivateTap = kStages;
-  static constexpr int kStageBytes = stage_bytes(Columns);
-  static constexpr int kWarpColumns = Columns / 2;
-  static constexpr int kPart = part_columns(Columns);
-  static constexpr int kHalosAt = 2048;  // after the tiles' tables
-  static_assert(kCtaTiles * sizeof(TileTable) <= kHalosAt);
-  static constexpr int kHalosBytes = 2 * kCtaTiles * kHaloBytes;
-  static constexpr int kShared =
-      kHalosAt + max_bytes(kHalosBytes + kStages * kStageBytes,
-                           kCtaTiles* EpilogueShared<kPart, kPart>::kBytes);
-};
-
 template <class T, int Columns>
 __global__ void __launch_bounds__(ConvMma<Columns>::kThreads, ConvMma<Columns>::kCtasPerSm)
     shift_group_norm_silu_conv2d_mma_kernel(const __grid_constant__ ConvParams p) {
   using Traits = ConvMma<Columns>;
   using TileEpilogue = Epilogue<T, Traits::kPart, Traits::kPart>;
+  static_assert(kCtaTiles * sizeof(TileTable) <= Traits::kHalosAt);
   constexpr int kPixelBlocks = 2, kColumnBlocks = Traits::kWarpColumns / 8;
   unsigned char* const shared = ptx::dynamic_shared();
   unsigned char* const halos = shared + Traits::kHalosAt;

@@ -11,38 +11,14 @@
 #include <cstdint>
 
 #include "../common/shift.h"
+#include "shift_group_norm_silu_conv2d_plan.h"
 #include "vec.cuh"
 
 namespace latent_shift::cuda {
 
-constexpr int kTaps = 9;
-constexpr int kTile = 8;
-constexpr int kTilePixels = kTile * kTile;
-constexpr int kHalo = kTile + 2;
-constexpr int kHaloPixels = kHalo * kHalo;
-// 2 modulo 8, so that the 4 chunks of 2 pixels, stored by 8 threads, hit different banks
-constexpr int kHaloPitch = 106;
-constexpr int kChunk = 8;        // channels in 16 bytes
-constexpr int kBlockChunks = 4;  // chunks in a block of the k loop
-constexpr int kBlockChannels = kBlockChunks * kChunk;
-constexpr int kVectorBytes = 16;
-constexpr int kHaloBytes = kBlockChunks * kHaloPitch * kVectorBytes;
-constexpr int kCtaTiles = 2;
-constexpr int kTileThreads = 128;  // threads of a tile in the epilogue
-
-// Output channels that leave together.
-__host__ __device__ constexpr int part_columns(int columns) { return columns % 80 == 0 ? 80 : 64; }
-
 __host__ __device__ constexpr uint32_t tap_offset(int tap) {
   return (tap / 3 * kHalo + tap % 3) * kVectorBytes;
 }
-
-// Bytes of the filter's stage: one tap, one block of channels.
-__host__ __device__ constexpr uint32_t stage_bytes(int columns) {
-  return columns * kBlockChannels * 2;
-}
-
-__host__ __device__ constexpr int max_bytes(int a, int b) { return a > b ? a : b; }
 
 struct ConvParams {
   const void* x;     // [frames, height, width, x_channels]
@@ -258,19 +234,6 @@ class HaloLoader {
   const ConvParams& p;
   const TileTable& table;
   const int chunk, first;
-};
-
-// What a tile's epilogue keeps in shared memory, in this order: fp32 sums of Columns output channels,
-// and of a part of them the numbers stored and the addends.
-template <int Columns, int Part>
-struct EpilogueShared {
-  // 8 or 24 modulo 32 banks: the 8 rows and 4 pairs of a fragment do not collide
-  static constexpr int kPitch = Columns + 8;
-  static constexpr int kStoredPitch = Part + 8;
-  static constexpr int kStoredAt = kTilePixels * kPitch * 4;
-  static constexpr int kAddendAt = kStoredAt + kTilePixels * kStoredPitch * 2;
-  static constexpr int kBytes = kAddendAt + Part * 4;
-  static_assert(kPitch % 16 == 8 && Part % kChunk == 0);
 };
 
 // Results leave by way of shared memory, 128 threads a tile: first fp32 sums in fragment order, then

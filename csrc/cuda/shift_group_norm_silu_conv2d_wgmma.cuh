@@ -15,34 +15,12 @@
 
 namespace latent_shift::cuda {
 
-template <int Columns>
-struct ConvWgmma {
-  static constexpr int kColumns = Columns;
-  static constexpr int kThreads = 384;
-  static constexpr int kStages = 8;
-  static constexpr int kHalos = 3;  // in use, being activated, being copied
-  static constexpr int kInstructionColumns = Columns > 256 ? Columns / 2 : Columns;
-  static constexpr int kInstructions = Columns / kInstructionColumns;
-  static constexpr int kStageBytes = stage_bytes(Columns);
-  static constexpr int kPart = part_columns(Columns);
-  static constexpr int kTablesAt = 256;  // after the barriers
-  static constexpr int kHalosAt = 2048;
-  static_assert(kTablesAt + kCtaTiles * sizeof(TileTable) <= kHalosAt);
-  static constexpr int kHalosBytes = kHalos * kCtaTiles * kHaloBytes;
-  static constexpr int kShared =
-      kHalosAt + max_bytes(kHalosBytes + kStages * kStageBytes,
-                           kCtaTiles* EpilogueShared<Columns, kPart>::kBytes);
-  // what one group gives back the others take: 168 a thread is what a launch has
-  static constexpr int kProducerRegisters = kInstructions > 1 ? 88 : 152;
-  static constexpr int kConsumerRegisters = kInstructions > 1 ? 208 : 176;
-  static_assert(128 * kProducerRegisters + 256 * kConsumerRegisters == kThreads * 168);
-};
-
 template <class T, int Columns>
 __global__ void __launch_bounds__(ConvWgmma<Columns>::kThreads, 1)
     shift_group_norm_silu_conv2d_wgmma_kernel(const __grid_constant__ ConvParams p) {
   using Traits = ConvWgmma<Columns>;
   using TileEpilogue = Epilogue<T, Columns, Traits::kPart>;
+  static_assert(Traits::kTablesAt + kCtaTiles * sizeof(TileTable) <= Traits::kHalosAt);
   constexpr int kTransformThreads = 96, kConsumerWarps = 8;
   constexpr int kConsumers = 3;  // the named barrier of all consumers, after one for each tile
   unsigned char* const shared = ptx::dynamic_shared();

@@ -5,17 +5,12 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "plan.h"
 #include "ptx.cuh"
 
 #define LS_DEVICE __device__ __forceinline__
 
 namespace latent_shift::cuda {
-
-enum class DType : int32_t { kFloat, kBFloat16, kHalf, kDouble };
-
-constexpr int size_of(DType dtype) {
-  return dtype == DType::kDouble ? 8 : dtype == DType::kFloat ? 4 : 2;
-}
 
 // Statistics and sums are fp32, fp64 for fp64.
 template <class T>

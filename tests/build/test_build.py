@@ -24,7 +24,9 @@ def project(tmp_path) -> Path:
     for name in FILES:
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, copy)
-    unwanted = shutil.ignore_patterns("*.so", "_build.json", "__pycache__", "assets", "cuda")
+    unwanted = shutil.ignore_patterns(
+        "*.so", "_build.json", "__pycache__", "assets", "*.cu", "*.cuh"
+    )
     for name in ("csrc", "latent_shift_kernels", "latent_shift"):
         shutil.copytree(ROOT / name, copy / name, ignore=unwanted)
     return copy

@@ -52,13 +52,10 @@ ConvArgs args_of(const py::dict& a) {
   args.shift_after = a["shift_after"].cast<bool>();
   const Ints strides = a["filter_strides"].cast<Ints>();
   std::copy(strides.begin(), strides.end(), args.filter_strides);
-  args.frames = number("frames");
-  args.height = number("height");
-  args.width = number("width");
-  args.x_channels = number("x_channels");
-  args.skip_channels = number("skip_channels");
-  args.out_channels = number("out_channels");
-  args.groups = number("groups");
+  args.shape = {number("frames"),        number("height"),
+                number("width"),         number("x_channels"),
+                number("skip_channels"), number("out_channels"),
+                number("groups"),        a["sums"].cast<uintptr_t>() != 0};
   args.eps = a["eps"].cast<float>();
   args.scale = a["scale"].cast<float>();
   args.out = pointer("out");
@@ -79,15 +76,15 @@ LS_HOST_BINDINGS(shift_group_norm_silu_conv2d) {
     return variants;
   });
   m.def("conv_choice", [](const py::dict& a) {
-    return plan_conv(args_of(a), host::HostLauncher().limits).variant;
+    return plan_conv(args_of(a).shape, host::HostLauncher().limits).variant;
   });
   m.def("conv_workspace", [](const py::dict& a, int variant) {
-    return plan_conv(args_of(a), variant).workspace_bytes;
+    return plan_conv(args_of(a).shape, variant).workspace_bytes;
   });
   m.def("shift_group_norm_silu_conv2d", [](const py::dict& a, int variant) {
     const ConvArgs args = args_of(a);
     host::HostLauncher launcher;
-    shift_group_norm_silu_conv2d(launcher, args, plan_conv(args, variant));
+    shift_group_norm_silu_conv2d(launcher, args, plan_conv(args.shape, variant));
   });
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pytest
@@ -183,8 +184,16 @@ def arguments(case: Case, given: dict[str, Tensor | None]) -> dict[str, object]:
 
 
 def run(
-    host, case: Case, given: dict[str, Tensor | None], variant: int, **options
+    host,
+    case: Case,
+    given: dict[str, Tensor | None],
+    variant: int,
+    *,
+    plant: Callable[[dict], None] = lambda call: None,
+    missing: int = 0,
+    **options,
 ) -> dict[str, Tensor]:
+    """``plant`` changes the call, ``missing`` bytes of workspace are not there."""
     arch, _ = host.conv_variants()[variant]
     call = arguments(case, given)
     with HostDevice(host, arch=arch, **options) as device:
@@ -208,8 +217,9 @@ def run(
             call["cu_frames"] = device.input(starts, "cu_frames").data_ptr()
         call.update({name: tensor.data_ptr() for name, tensor in got.items()})
         size = host.conv_workspace(call, variant)
-        workspace = device.output((size // 4,), torch.float32, name="workspace")
+        workspace = device.output(((size - missing) // 4,), torch.float32, name="workspace")
         call["workspace"] = workspace.data_ptr()
+        plant(call)
         host.shift_group_norm_silu_conv2d(call, variant)
     return got
 
@@ -290,8 +300,68 @@ def test_wide_tiles(host, arch: int, columns: int) -> None:
     check(case, got, expected(case, given))
 
 
+@pytest.mark.parametrize("arch", [80, 90])
+def test_every_order_gives_the_same_bits(host, arch: int) -> None:
+    """The executor interleaves threads anew with every seed."""
+    case = replace(BASE, skip=8, out_offsets=(-1, 0, 1), residual=True, sums=True)
+    given = problem(case)
+    variant = variant_of(host, arch, 64)
+    first, *others = (run(host, case, given, variant, seed=seed) for seed in (0, 1))
+    for other in others:
+        for name, tensor in first.items():
+            assert torch.equal(tensor, other[name]), name
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3.0])
+def test_what_is_not_a_number_stays_in_its_frames(host, value: float, arch: int) -> None:
+    """One value of one frame: its group has no statistics, and every frame that reads the group is
+    NaN, where fp64 says so. A frame of one value has no variance and is finite."""
+    case = replace(BASE, offsets=(-1, 0, 0), boundary="replicate")
+    given = problem(case)
+    if value == 3.0:
+        given["x"][0] = value
+    else:
+        given["x"][0, 0, 1, 1] = value
+    got = run(host, case, given, variant_of(host, arch, 64), races=False)
+    want = expected(case, given)
+    lost = want["out"].isnan()
+    assert torch.equal(got["out"].isnan(), lost)
+    assert lost.flatten(1).any(1).sum() == (0 if value == 3.0 else 2)
+    noise = torch.finfo(case.dtype).eps * given["filter"].double().abs().sum((1, 2, 3)).max()
+    difference = (got["out"].double() - want["out"])[~lost].abs()
+    assert difference.max() <= noise * 8
+
+
+PLANTED = {
+    "short workspace": ({"missing": 16}, "out of bounds: write of"),
+    "misaligned input": ({"plant": lambda call: call.update(x=call["x"] + 2)}, "misaligned"),
+    "channels too many": (
+        {"plant": lambda call: call.update(x_channels=call["x_channels"] + 8, groups=5)},
+        "out of bounds: read of",
+    ),
+    "output over input": (
+        {"plant": lambda call: call.update(out=call["residual"])},
+        "which is an input",
+    ),
+    "rows too many": (
+        {"plant": lambda call: call.update(bias=(call["bias"][0] + 4, *call["bias"][1:]))},
+        "out of bounds: read of",
+    ),
+}
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("fault", PLANTED)
+def test_planted_faults_are_reported(host, fault: str, arch: int) -> None:
+    planted, report = PLANTED[fault]
+    case = replace(BASE, residual=True)
+    with pytest.raises(host.KernelError, match=report):
+        run(host, case, problem(case), variant_of(host, arch, 64), races=False, **planted)
+
+
 @pytest.mark.parametrize(
-    ("arch", "out", "columns"), [(80, 1280, 160), (90, 320, 320), (90, 64, 64), (120, 64, 64)]
+    ("arch", "out", "columns"), [(80, 1280, 128), (90, 320, 320), (90, 64, 64), (120, 64, 64)]
 )
 def test_chooses_columns_that_fill_the_device(host, arch: int, out: int, columns: int) -> None:
     case = replace(BASE, lengths=(16, 16), size=(32, 32), channels=64, out=out)

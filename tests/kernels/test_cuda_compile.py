@@ -55,6 +55,9 @@ class Kernel:
     threads: int
     sass: tuple[str, ...] = ()  # instructions that must be there
     plan: str = ""  # the host module's function that knows its shared memory and threads
+    resident: int = 1  # blocks a multiprocessor that the planning counts on
+    threads_per_sm: int = 0  # that the planning takes the registers to allow
+    registers: int = 0  # that a launch must have, where warps hand them on (setmaxnreg)
     archs: tuple[int, ...] = tuple(MACHINES)
 
     @property
@@ -122,10 +125,10 @@ KERNELS = [
     ),
     Kernel("shift_add.cuh", "shift_add_kernel<__nv_bfloat16, 8>", "ShiftAddParams", 256, MOVE),
     Kernel("shift_add.cuh", "shift_add_kernel<float, 4>", "ShiftAddParams", 256, MOVE),
-    *norm(*FORWARD, COMMON, plan="plan_norm_forward"),
+    *norm(*FORWARD, COMMON, plan="plan_norm_forward", threads_per_sm=640),
     *norm(*FORWARD, OTHERS, **only(90)),
     Kernel(FORWARD[0], "merge_moments_kernel<float>", "MergeParams", 128),
-    *norm(*BACKWARD, COMMON, plan="plan_norm_backward"),
+    *norm(*BACKWARD, COMMON, plan="plan_norm_backward", threads_per_sm=512),
     *norm(*BACKWARD, OTHERS, **only(90)),
     Kernel(BACKWARD[0], "merge_group_sums_kernel<float>", "NormBackwardParams", 128),
     Kernel(BACKWARD[0], "norm_parameters_kernel<float>", "NormParameterParams", 256),
@@ -141,6 +144,7 @@ KERNELS = [
             STORE,
             COPY,
             "HMMA",
+            resident=1 if columns > 128 else 2,
             **archs,
         )
         for dtype, columns, archs in (
@@ -156,6 +160,7 @@ KERNELS = [
             "ConvParams",
             384,
             *(LOAD, STORE, "UBLKCP", rf"HGMMA\.64x{columns // (1 + columns // 320)}x16\.F32"),
+            registers=168,
             **only(90),
         )
         for dtype, columns in (
@@ -223,6 +228,7 @@ def compile_all(arch: int, kernels: list[Kernel], folder: Path) -> Path:
     command = [tool("nvcc"), "-std=c++17", "-O3", f"-gencode={code}", "-cubin"]
     done = subprocess.run([*command, str(source), "-o", str(cubin)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert "serialized" not in done.stderr, f"wgmma waits for itself: {done.stderr}"
     return cubin
 
 
@@ -269,6 +275,11 @@ def test_compiles(arch, plans, tmp_path):
         )
         assert used["STACK"] == used["LOCAL"] == 0, f"{kernel.name} spills"
         assert blocks >= 1, f"{kernel.name} does not fit"
+        by_registers = blocks_per_sm(MACHINES[arch], used["REG"], threads, 0)
+        assert by_registers >= kernel.resident, f"{kernel.name}: fewer blocks than are planned with"
+        per_thread = -(-used["REG"] // 8) * 8
+        assert 65536 // per_thread >= kernel.threads_per_sm, f"{kernel.name}: too many registers"
+        assert kernel.registers in (0, used["REG"]), f"{kernel.name} would wait for registers"
         code = of(kernel, sass)
         assert not re.search(r"\b(LDL|STL)\b", code), f"{kernel.name} uses local memory"
         for instruction in kernel.sass:
