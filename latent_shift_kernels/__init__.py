@@ -6,7 +6,7 @@ U-Nets.
 """
 
 from . import backends
-from .dispatch import explain, serving
+from .dispatch import choose, explain, serving
 from .functional import (
     shift_add,
     shift_add_group_norm_silu,
@@ -32,4 +32,4 @@ __all__ = [
     "temporal_shift",
 ]
 
-backends.load()
+backends.load(choose)

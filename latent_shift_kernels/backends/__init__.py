@@ -1,7 +1,7 @@
 """Attaches kernels to the operators: ``_C`` and ``_C_cuda``, else Triton, else plain PyTorch.
 
-Runs once, at import. An operator looks for nothing at call time: whatever stands on its dispatch
-key serves it. ``LATENT_SHIFT_BACKEND`` chooses:
+Runs once, at import: whatever stands on an operator's dispatch key serves it.
+``LATENT_SHIFT_BACKEND`` forces a backend (docs/kernels.md); without it, ``auto``:
 
 ============= ====================================================================================
 ``auto``      CPU tensors: C++. CUDA tensors: CUDA C++, or Triton where it was not built
@@ -10,8 +10,12 @@ key serves it. ``LATENT_SHIFT_BACKEND`` chooses:
 ``reference`` plain PyTorch everywhere
 ============= ====================================================================================
 
-``shift_group_norm_silu_conv2d`` is composed of the norm's kernel and PyTorch's convolution. Where
-``LATENT_SHIFT_FUSED_CONV2D=1`` and there is a kernel that does both, it serves the calls it takes.
+``,fused`` or ``,composed`` after it forces how ``shift_group_norm_silu_conv2d`` is served: by one
+kernel wherever there is one that takes the call, or by the norm's kernel and PyTorch's convolution.
+
+Where two kernels offer an operator and a table of measurements prefers the other one for some call
+(:mod:`latent_shift_kernels.choices`), a function that asks :mod:`latent_shift_kernels.dispatch`
+stands on the key; without such a table nothing is looked up at call time.
 """
 
 from __future__ import annotations
@@ -29,9 +33,11 @@ import torch
 from torch import Tensor
 from torch.library import Library
 
-from .. import ops, reference
+from .. import choices, ops, reference
 
-CHOICES = ("auto", "native", "triton", "reference")
+BACKENDS = ("auto", "native", "triton", "reference")
+CONVOLUTIONS = ("fused", "composed")
+CONV2D = "shift_group_norm_silu_conv2d"
 REBUILD = (
     "pip install --no-build-isolation --force-reinstall --no-deps --no-cache-dir <the sources>"
 )
@@ -42,6 +48,8 @@ SERVING: dict[str, dict[str, str]] = {
     device: {op: "composed" if op in ops.COMPOSED else "reference" for op in ops.SCHEMAS}
     for device in ("cpu", "cuda")
 }
+# device type -> kernel -> the operators it offers there, serving or not
+OFFERED: dict[str, dict[str, set[str]]] = {"cpu": {}, "cuda": {}}
 # kernel -> the dtypes of the convolutions it fuses
 FUSED_CONV2D_DTYPES = {
     "cuda": (torch.bfloat16, torch.float16),
@@ -49,42 +57,66 @@ FUSED_CONV2D_DTYPES = {
 }
 # (device type, kernel) -> why it does not serve
 REFUSED: dict[tuple[str, str], str] = {}
-# (device type, operator) -> how to choose the kernel that stands by
-UNCHOSEN: dict[tuple[str, str], str] = {}
+# What LATENT_SHIFT_BACKEND asked for at import: a backend, and "fused" or "composed" if it says so
+BACKEND = "auto"
+FORCED_CONV2D: str | None = None
+
+Choose = Callable[[str, tuple[Any, ...]], str]
+"""(operator, arguments) -> the kernel that serves the call."""
 
 _PACKAGE = Path(__file__).parent.parent
 _python_kernels: list[Library] = []  # a registration lasts as long as its Library
 _loaded = False
 
 
-def choice() -> str:
-    """The backend asked for by ``LATENT_SHIFT_BACKEND``."""
-    name = os.environ.get("LATENT_SHIFT_BACKEND", "auto")
-    if name not in CHOICES:
-        raise ValueError(f"LATENT_SHIFT_BACKEND must be one of {', '.join(CHOICES)}, got {name!r}")
-    return name
+def asked() -> tuple[str, str | None]:
+    """The backend and the way of the convolution that ``LATENT_SHIFT_BACKEND`` asks for.
+
+    Raises:
+        ValueError: If it names something else.
+    """
+    text = os.environ.get("LATENT_SHIFT_BACKEND") or "auto"
+    words = [word.strip() for word in text.split(",")]
+    backend = words.pop(0) if words[0] in BACKENDS else "auto"
+    convolution = words.pop(0) if words and words[0] in CONVOLUTIONS else None
+    if words:
+        raise ValueError(
+            f"LATENT_SHIFT_BACKEND is one of {', '.join(BACKENDS)}, with ,fused or ,composed after "
+            f"it for the convolution; got {text!r}"
+        )
+    return backend, convolution
 
 
-def load() -> None:
-    """Attaches what this machine and ``LATENT_SHIFT_BACKEND`` allow; later calls do nothing."""
-    global _loaded
+def load(choose: Choose) -> None:
+    """Attaches what this machine and ``LATENT_SHIFT_BACKEND`` allow; later calls do nothing.
+
+    Args:
+        choose: Says which kernel serves a call where more than one could.
+    """
+    global _loaded, BACKEND, FORCED_CONV2D
     if _loaded:
         return
     _loaded = True
-    asked = choice()
-    if asked == "reference":
+    backend, FORCED_CONV2D = asked()
+    BACKEND = backend
+    if backend == "reference":
         for device, kernels in (("cpu", ("cpu",)), ("cuda", ("cuda", "triton"))):
             for kernel in kernels:
                 REFUSED[device, kernel] = "LATENT_SHIFT_BACKEND=reference"
         return
 
-    if asked == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
+    triton: dict[str, Callable[..., Any]] | None = None
+    if backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
         REFUSED["cpu", "cpu"] = "LATENT_SHIFT_BACKEND=triton with TRITON_INTERPRET=1"
-        served = _attach_triton("cpu")
-        _attach_fused_conv2d("cpu")
+        triton = _attach_triton("cpu")
+        served = triton is not None
+        _attach_fused_conv2d("cpu", choose)
     else:
         REFUSED["cpu", "triton"] = "Triton runs on GPUs"
         served = _attach_library("cpu", "_C")
+        if served and backend == "auto":
+            plain = {op: getattr(reference, op) for op in OFFERED["cpu"]["cpu"]}
+            _attach_choice("cpu", "cpu", "reference", plain, choose)
     if not served:
         _warn_on_use("cpu")
 
@@ -93,19 +125,27 @@ def load() -> None:
             REFUSED["cuda", kernel] = f"torch {torch.__version__} is built without CUDA"
         return
     served = False
-    if asked == "triton":
+    if backend == "triton":
         REFUSED["cuda", "cuda"] = "LATENT_SHIFT_BACKEND=triton"
     else:
         served = _attach_library("cuda", "_C_cuda")
-    if asked == "native":
+    if backend == "native":
         REFUSED["cuda", "triton"] = "LATENT_SHIFT_BACKEND=native"
     elif served:
-        REFUSED["cuda", "triton"] = "CUDA C++ serves; LATENT_SHIFT_BACKEND=triton chooses Triton"
+        triton = _import_triton("cuda") if _prefers("cuda", "triton") else None
+        if triton is not None:
+            _attach_choice("cuda", "cuda", "triton", triton, choose)
+        else:
+            REFUSED.setdefault(
+                ("cuda", "triton"),
+                "CUDA C++ serves; LATENT_SHIFT_BACKEND=triton chooses Triton, and "
+                "`python -m latent_shift_kernels tune` the faster one for each call",
+            )
     else:
-        served = _attach_triton("cuda")
+        served = _attach_triton("cuda") is not None
     if not served:
         _warn_on_use("cuda")
-    _attach_fused_conv2d("cuda")
+    _attach_fused_conv2d("cuda", choose)
 
 
 def library_path(name: str) -> Path | None:
@@ -156,45 +196,96 @@ def _attach_library(device: str, name: str) -> bool:
             stacklevel=4,
         )
         return False
-    for op in ops.SCHEMAS:
-        if torch._C._dispatch_has_kernel_for_dispatch_key(f"latent_shift::{op}", device.upper()):
-            SERVING[device][op] = device
+    every = (*ops.SCHEMAS, *ops.OPTIONAL_SCHEMAS)
+    OFFERED[device][device] = {op for op in every if _stands(device, op)}
+    SERVING[device].update({op: device for op in OFFERED[device][device] if op in ops.SCHEMAS})
     return True
 
 
-def _attach_triton(device: str) -> bool:
+def _stands(device: str, op: str) -> bool:
+    key = device.upper()
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"latent_shift::{op}", key)
+
+
+def _import_triton(device: str) -> dict[str, Callable[..., Any]] | None:
     if importlib.util.find_spec("triton") is None:
         REFUSED[device, "triton"] = "Triton is not installed; pip install triton"
-        return False
+        return None
     try:
         from .triton import IMPLEMENTATIONS
     except ImportError as error:
         REFUSED[device, "triton"] = f"Triton does not import: {error}"
-        return False
-    _register(device, IMPLEMENTATIONS)
-    SERVING[device].update({op: "triton" for op in IMPLEMENTATIONS if op in ops.SCHEMAS})
-    return True
+        return None
+    OFFERED[device]["triton"] = set(IMPLEMENTATIONS)
+    return IMPLEMENTATIONS
 
 
-def _attach_fused_conv2d(device: str) -> None:
-    """Puts a kernel that holds the convolution in front of the composition, if one is wanted."""
-    name = "shift_group_norm_silu_conv2d"
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(
-        f"latent_shift::{name}_fused", device.upper()
-    ):
-        return
-    if os.environ.get("LATENT_SHIFT_FUSED_CONV2D") != "1":
-        UNCHOSEN[device, name] = "LATENT_SHIFT_FUSED_CONV2D=1 chooses the kernel that holds it all"
+def _attach_triton(device: str) -> dict[str, Callable[..., Any]] | None:
+    implementations = _import_triton(device)
+    if implementations is not None:
+        _register(device, implementations)
+        SERVING[device].update({op: "triton" for op in implementations if op in ops.SCHEMAS})
+    return implementations
+
+
+def _prefers(device: str, kernel: str, op: str = "") -> bool:
+    """Whether a table prefers ``kernel`` for a call of an operator, any of them by default."""
+    return any(
+        choice == kernel and call.startswith(f"{op} " if op else "")
+        for call, choice in choices.chosen(device)
+    )
+
+
+def _attach_choice(
+    device: str,
+    serving: str,
+    other: str,
+    implementations: dict[str, Callable[..., Any]],
+    choose: Choose,
+) -> None:
+    """Lets ``other`` serve the calls that a table prefers it for, and ``serving`` the rest."""
+    wanted = {call.split(" ", 1)[0] for call, kernel in choices.chosen(device) if kernel == other}
+    OFFERED[device][other] = set(implementations)
+    library = Library("latent_shift", "IMPL", device.upper())
+    for op in sorted(wanted & set(implementations) & OFFERED[device][serving]):
+        standing = torch.library.get_kernel(f"latent_shift::{op}", device.upper())
+
+        def serve(
+            keys: Any,
+            *args: Any,
+            op: str = op,
+            standing: Any = standing,
+            implementation: Callable[..., Any] = implementations[op],
+        ) -> Any:
+            if choose(op, args) == other:
+                return implementation(*args)
+            return standing.call_boxed(keys, *args)
+
+        with warnings.catch_warnings():  # that a kernel stands there is what this is about
+            warnings.simplefilter("ignore", UserWarning)
+            library.impl(op, serve, device.upper(), with_keyset=True)
+    _python_kernels.append(library)
+
+
+def _attach_fused_conv2d(device: str, choose: Choose) -> None:
+    """Puts a kernel that holds the convolution in front of the composition, where something may
+    choose it."""
+    if not _stands(device, f"{CONV2D}_fused"):
         return
     kernel = SERVING[device]["shift_add_group_norm_silu"]
-    fused, composed = torch.ops.latent_shift.shift_group_norm_silu_conv2d_fused, ops.COMPOSED[name]
+    preferred = FORCED_CONV2D == "fused" or _prefers(device, kernel, CONV2D)
+    if FORCED_CONV2D == "composed" or not preferred:
+        return
+    fused, composed = (
+        torch.ops.latent_shift.shift_group_norm_silu_conv2d_fused,
+        ops.COMPOSED[CONV2D],
+    )
 
-    def fused_or_composed(x: Tensor, skip: Tensor | None, *args: Any) -> Any:
-        refused = refused_conv2d(kernel, x, skip, args[7])
-        return (composed if refused else fused)(x, skip, *args)
+    def fused_or_composed(*args: Any) -> Any:
+        return (composed if choose(CONV2D, args) == "composed" else fused)(*args)
 
-    _register(device, {name: fused_or_composed})
-    SERVING[device][name] = kernel
+    _register(device, {CONV2D: fused_or_composed})
+    SERVING[device][CONV2D] = kernel
 
 
 def refused_conv2d(

@@ -21,7 +21,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D, TemporalResnetBlock
 from torch import Tensor, nn
 
-from .. import functional
+from .. import backends, functional
 from ..modules import ShiftGroupNormSiLU
 from ..spec import Placement, ShiftSpec
 from .fusion import (
@@ -79,13 +79,16 @@ class FusedResnetBlock2D(Fused, ResnetBlock2D):
                 or it does not divide the batch.
         """
         num_frames = self._num_frames(input_tensor, temb)
-        hidden_states = self.norm1(input_tensor, num_frames)
-
         resample = self.upsample or self.downsample
-        if resample is not None:
-            input_tensor = resample(input_tensor)
-            hidden_states = resample(hidden_states)
-        hidden_states = self.conv1(hidden_states)
+        halves = resample is None and self._as_halves(input_tensor)
+        if halves:
+            hidden_states = _half(self.norm1, self.conv1, input_tensor, num_frames)
+        else:
+            hidden_states = self.norm1(input_tensor, num_frames)
+            if resample is not None:
+                input_tensor = resample(input_tensor)
+                hidden_states = resample(hidden_states)
+            hidden_states = self.conv1(hidden_states)
 
         modulation: dict[str, Tensor] = {}
         if self.time_emb_proj is not None:
@@ -96,11 +99,23 @@ class FusedResnetBlock2D(Fused, ResnetBlock2D):
                 modulation["ada_scale"], modulation["ada_shift"] = temb.chunk(2, dim=1)
             else:
                 modulation["temb"] = temb
-        hidden_states = self.norm2(hidden_states, num_frames, **modulation)
-        hidden_states = self.conv2(self.dropout(hidden_states))
+        if not halves:
+            hidden_states = self.norm2(hidden_states, num_frames, **modulation)
+            hidden_states = self.conv2(self.dropout(hidden_states))
 
         if self.conv_shortcut is not None:
             input_tensor = self.conv_shortcut(input_tensor)
+        if halves:
+            return _half(
+                self.norm2,
+                self.conv2,
+                hidden_states,
+                num_frames,
+                out_spec=self.spec if self.placement is Placement.BRANCH_OUTPUT else None,
+                residual=input_tensor,
+                scale=1.0 / self.output_scale_factor,
+                **modulation,
+            )
         if self.spec is not None and self.placement is Placement.BRANCH_OUTPUT:
             return functional.shift_add(
                 input_tensor,
@@ -111,6 +126,19 @@ class FusedResnetBlock2D(Fused, ResnetBlock2D):
             )
         output = input_tensor + hidden_states
         return output if self.output_scale_factor == 1 else output / self.output_scale_factor
+
+    def _as_halves(self, input_tensor: Tensor) -> bool:
+        """Whether the block is two calls of ``shift_group_norm_silu_conv2d``: where a kernel that
+        holds the convolution serves this device, and nothing stands around the convolutions."""
+        serving = backends.SERVING.get(input_tensor.device.type, {})
+        if serving.get(backends.CONV2D, "composed") == "composed":
+            # The same kernels, but their backward would compute the activation once more.
+            return False
+        drops = self.training and self.dropout.p > 0
+        return not drops and not any(
+            obstacle(name, conv, nn.Conv2d)
+            for name, conv in (("conv1", self.conv1), ("conv2", self.conv2))
+        )
 
     def _num_frames(self, input_tensor: Tensor, temb: Tensor | None) -> int:
         if self.spec is None:
@@ -143,6 +171,23 @@ class FusedResnetBlock2D(Fused, ResnetBlock2D):
         if isinstance(block, ShiftResnetBlock2D):
             parts.append("temporal shift")
         return ", ".join(parts), moved
+
+
+def _half(norm: Any, conv: nn.Conv2d, x: Tensor, num_frames: int, **tensors: Any) -> Any:
+    """Norm, activation and convolution of a block as one operator."""
+    return functional.shift_group_norm_silu_conv2d(
+        x,
+        norm.weight,
+        norm.bias,
+        norm.num_groups,
+        conv.weight,
+        conv.bias,
+        norm.eps,
+        spec=norm.spec,
+        shift=norm.shift,
+        num_frames=num_frames,
+        **tensors,
+    )
 
 
 class ShiftResnetBlock2D(FusedResnetBlock2D):

@@ -146,12 +146,16 @@ with torch.no_grad():
 print(lsk.explain("shift_group_norm_silu_conv2d", x))
 print(lsk.explain("shift_group_norm_silu_conv2d", x.contiguous()))
 """
-    told = {"LATENT_SHIFT_BACKEND": "triton", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    told = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     for asked, serves, hint in (
-        ("1", "Triton", "its convolution takes channels_last"),
-        ("0", "composed of", "LATENT_SHIFT_FUSED_CONV2D=1 chooses"),
+        (
+            "triton,fused",
+            "Triton, LATENT_SHIFT_BACKEND asks",
+            "its convolution takes channels_last",
+        ),
+        ("triton", "composed of", "LATENT_SHIFT_BACKEND=auto,fused chooses"),
     ):
-        environment = {**os.environ, **told, "LATENT_SHIFT_FUSED_CONV2D": asked}
+        environment = {**os.environ, **told, "LATENT_SHIFT_BACKEND": asked}
         result = subprocess.run(
             [sys.executable, "-c", script], env=environment, capture_output=True, text=True
         )

@@ -10,7 +10,7 @@ slices: it is loaded from both their frames, and its channels are stored one by 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from math import gcd
 from typing import Any, TypeVar
@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ... import reference
+from ... import choices, reference
 
 Given = TypeVar("Given", Tensor, Tensor | None)
 
@@ -287,6 +287,9 @@ class Tile:
     block_c: int
     num_warps: int
 
+    def __str__(self) -> str:
+        return f"{self.block_p}x{self.block_c}x{self.num_warps}"
+
 
 @cache
 def pick_tile(channels: int, pixels: int, itemsize: int, channels_last: bool) -> Tile:
@@ -299,6 +302,22 @@ def pick_tile(channels: int, pixels: int, itemsize: int, channels_last: bool) ->
         block_p = fit(pixels, 64, 1024)
         block_c = min(max(elements // block_p, 1), next_power_of_2(channels))
     return Tile(block_p, block_c, num_warps=4)
+
+
+@cache
+def tiles(channels: int, pixels: int, itemsize: int, channels_last: bool) -> dict[str, Tile]:
+    """What may be measured against the tile that :func:`pick_tile` picks, which comes first."""
+    picked = pick_tile(channels, pixels, itemsize, channels_last)
+    found = [picked, replace(picked, num_warps=8)]
+    for block_p in (picked.block_p // 2, picked.block_p * 2):
+        if 0 < block_p < 2 * pixels:
+            found.append(replace(picked, block_p=block_p))
+    return {str(tile): tile for tile in found}
+
+
+def tile_key(x: Tensor) -> str:
+    """What the tables of :mod:`latent_shift_kernels.choices` call the tile of ``x``."""
+    return choices.key("triton_tile", x.dtype, tuple(x.shape))
 
 
 def fit(size: int, low: int, high: int) -> int:
@@ -419,7 +438,9 @@ def launch_tiles(kernel: Any, x: Tensor, layout: Layout, **arguments: Any) -> No
     """Runs ``kernel`` on every tile of ``x``."""
     frames, channels, height, width = x.shape
     pixels = height * width
-    tile = pick_tile(channels, pixels, x.element_size(), layout.channels_last)
+    known = tiles(channels, pixels, x.element_size(), layout.channels_last)
+    measured = choices.lookup(x.device, tile_key(x))
+    tile = known.get(measured[0] if measured else "", next(iter(known.values())))
     launch(
         kernel,
         frames * cdiv(channels, tile.block_c) * cdiv(pixels, tile.block_p),

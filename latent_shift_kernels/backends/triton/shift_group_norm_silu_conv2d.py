@@ -32,6 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ... import choices
 from ...checks import check_conv2d
 from ._common import (
     INTERPRETED,
@@ -438,6 +439,10 @@ class ConvConfig:
     num_warps: int
     num_stages: int
 
+    def __str__(self) -> str:
+        sizes = (self.block_p, self.block_o, self.block_k, self.num_warps, self.num_stages)
+        return "x".join(map(str, sizes))
+
 
 # Largest first. The first keeps 64 accumulators a thread, which spills where a shift of input or
 # output needs registers for where it reads and writes; the others keep 32 or fewer.
@@ -454,11 +459,11 @@ _MULTIPROCESSORS = 132
 
 
 @cache
-def pick_conv_config(
+def conv_configs(
     frames: int, pixels: int, cin: int, cout: int, itemsize: int, shifted: bool
-) -> ConvConfig:
-    """The largest tile that a frame and the output fill, with a program for each multiprocessor if
-    any has."""
+) -> dict[str, ConvConfig]:
+    """The configurations that fit a call; first the largest tile that a frame and the output fill,
+    with a program for each multiprocessor if any has, which serves where none was measured."""
     fitting = [
         config
         for config in CONFIGS[1 if shifted else 0 :]
@@ -471,8 +476,16 @@ def pick_conv_config(
         return frames * cdiv(pixels, config.block_p) * cdiv(cout, config.block_o)
 
     chosen = next((c for c in fitting if programs(c) >= _MULTIPROCESSORS), fitting[-1])
-    # half the channels a step are as many bytes in fp32
-    return chosen if itemsize == 2 else replace(chosen, block_k=16, num_stages=2)
+    ordered = [chosen, *(config for config in fitting if config is not chosen)]
+    if itemsize != 2:
+        # half the channels a step are as many bytes in fp32
+        ordered = [replace(config, block_k=16, num_stages=2) for config in ordered]
+    return {str(config): config for config in ordered}
+
+
+def config_key(x: Tensor, cin: int, cout: int) -> str:
+    """What the tables of :mod:`latent_shift_kernels.choices` call the configuration of a call."""
+    return choices.key("triton_conv2d", x.dtype, (x.shape[0], cin, *x.shape[2:]), cout)
 
 
 # Host code.
@@ -583,7 +596,9 @@ def shift_group_norm_silu_conv2d_fused(
         **clips,
         **slices,
     )
-    config = pick_conv_config(frames, pixels, cin, cout, x.element_size(), shifted)
+    known = conv_configs(frames, pixels, cin, cout, x.element_size(), shifted)
+    measured = choices.lookup(x.device, config_key(x, cin, cout))
+    config = known.get(measured[0] if measured else "", next(iter(known.values())))
     tiles = cdiv(pixels, config.block_p)
     parts = mean.new_empty(2, frames, tiles, cout) if emit_sums else None
     # the slices as x sees them, as skip does, and those of the output
