@@ -52,7 +52,7 @@ BACKGROUNDS: dict[str, tuple[float, float, float]] = {
     "navy": (0.08, 0.10, 0.32),
 }
 # radius of the circle with the object's area
-SIZES: dict[str, float] = {"small": 0.10, "large": 0.155}
+SIZES: dict[str, float] = {"small": 0.125, "large": 0.19}
 DIRECTIONS: dict[str, tuple[float, float]] = {
     "right": (1.0, 0.0),
     "down-right": (math.sqrt(0.5), math.sqrt(0.5)),
@@ -71,7 +71,7 @@ OPPOSITE: dict[str, str] = {
     )
     for name, step in DIRECTIONS.items()
 }
-TRAVEL = (0.32, 0.50)  # distance covered by a moving object in one clip
+TRAVEL = (0.28, 0.42)  # distance covered by a moving object in one clip
 
 SYNONYMS: dict[str, tuple[str, ...]] = {
     "circle": ("circle", "disc", "ball"),
