@@ -1,8 +1,8 @@
 """Checkpoints that are either whole or not there.
 
 A checkpoint is a directory `step-00001200` holding `state.pt` and `state.json` (step, SHA-256 of
-`state.pt`). It is written under a temporary name and renamed, so a process killed at any moment
-leaves the older ones intact.
+`state.pt`). It is written under a temporary name and renamed, so a process killed at any moment, or
+a disk that is full, leaves the older ones intact.
 """
 
 from __future__ import annotations
@@ -23,6 +23,10 @@ class DamagedCheckpointError(RuntimeError):
     """A checkpoint's content is not what was written."""
 
 
+class CheckpointWriteError(OSError):
+    """A checkpoint could not be written; those before it are as they were."""
+
+
 def save_checkpoint(directory: Path, step: int, state: dict[str, Any], keep: int = 2) -> Path:
     """Writes `state` as the checkpoint of `step` and removes all but the last `keep`.
 
@@ -32,22 +36,35 @@ def save_checkpoint(directory: Path, step: int, state: dict[str, Any], keep: int
 
     Returns:
         The checkpoint's directory.
+
+    Raises:
+        CheckpointWriteError: the disk is full or refuses; nothing half-written is left.
     """
-    directory.mkdir(parents=True, exist_ok=True)
     final = directory / f"{_PREFIX}{step:08d}"
     temporary = directory / f".{final.name}.{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    with open(temporary / "state.pt", "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    (temporary / "state.json").write_text(
-        json.dumps({"step": step, "sha256": _digest(temporary / "state.pt")})
-    )
-    if final.exists():  # a directory cannot be renamed onto one that is not empty
-        shutil.rmtree(final)
-    os.replace(temporary, final)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        with open(temporary / "state.pt", "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        (temporary / "state.json").write_text(
+            json.dumps({"step": step, "sha256": _digest(temporary / "state.pt")})
+        )
+        if final.exists():  # a directory cannot be renamed onto one that is not empty
+            shutil.rmtree(final)
+        os.replace(temporary, final)
+    except (OSError, RuntimeError) as error:  # torch wraps some failures of the file
+        shutil.rmtree(temporary, ignore_errors=True)
+        whole = list_checkpoints(directory)
+        free = shutil.disk_usage(directory).free / 2**20 if directory.exists() else 0.0
+        raise CheckpointWriteError(
+            f"the checkpoint of step {step} could not be written to {directory} ({error}; "
+            f"{free:.0f} MiB free); "
+            + (f"{whole[-1].name} is whole" if whole else "there is none before it")
+        ) from error
     for old in list_checkpoints(directory)[:-keep]:
         shutil.rmtree(old)
     for stale in directory.glob(f".{_PREFIX}*"):
@@ -58,6 +75,26 @@ def save_checkpoint(directory: Path, step: int, state: dict[str, Any], keep: int
 def list_checkpoints(directory: Path) -> list[Path]:
     """Returns the checkpoints in `directory`, oldest first."""
     return sorted(path for path in directory.glob(f"{_PREFIX}*") if path.is_dir())
+
+
+def set_newest_aside(directory: Path) -> Path:
+    """Renames the newest checkpoint, so that the one before it is the newest.
+
+    Returns:
+        The new path of what was the newest.
+
+    Raises:
+        FileNotFoundError: there are fewer than two.
+    """
+    found = list_checkpoints(directory)
+    if len(found) < 2:
+        raise FileNotFoundError(
+            f"{directory} holds {len(found)} checkpoint(s), and none before the newest"
+        )
+    aside = found[-1].with_name(f"aside-{found[-1].name}")
+    if aside.exists():
+        shutil.rmtree(aside)
+    return found[-1].rename(aside)
 
 
 def load_checkpoint(path: Path) -> tuple[int, dict[str, Any]]:
@@ -89,10 +126,12 @@ def load_latest(directory: Path) -> tuple[int, dict[str, Any]] | None:
 
 
 def _advice(path: Path, what: str) -> str:
-    return (
-        f"checkpoint {path} is damaged: it {what}; "
-        "delete this directory to resume from the one before it"
-    )
+    before = [other.name for other in list_checkpoints(path.parent) if other < path]
+    if before:
+        what += f"; add --resume-from previous to go on from {before[-1]}, or"
+    else:
+        what += "; there is none before it:"
+    return f"checkpoint {path} is damaged: it {what} delete this directory"
 
 
 def _digest(path: Path) -> str:

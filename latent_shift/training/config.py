@@ -1,8 +1,9 @@
 """Recipes: everything that decides what a run computes, as dataclasses read from TOML.
 
-A recipe is one file. Every key has a default here, an unknown key is refused with the nearest known
-one named, and any key can be overridden from the command line as `table.key=value` (value in TOML
-syntax; bare words are strings).
+A recipe is one file. Those of this module train a small model from nothing, in stages; a file that
+says `kind = "finetune"` is read as `finetune_config.Finetune`, by the same rules. Every key has a
+default, an unknown key is refused with the nearest known one named, and any key can be overridden
+from the command line as `table.key=value` (value in TOML syntax; bare words are strings).
 """
 
 from __future__ import annotations
@@ -39,18 +40,37 @@ class DataConfig:
 class OptimizerConfig:
     """AdamW, the learning-rate schedule, and the moving average of the weights.
 
-    The rate climbs over `warmup` steps, stays, and falls linearly to zero over the last `decay` of
-    all steps.
+    Attributes:
+        kind: "adamw", or "adamw8bit" for moments of eight bits (needs bitsandbytes and a GPU).
+        schedule: after `warmup` steps of climbing, "tail" stays and falls linearly to zero over the
+            last `decay` of all steps; "constant" stays, "linear" and "cosine" fall from there on.
+        decay: share of all steps; only for "tail".
+        max_grad_norm: gradients are scaled down to this norm; 0 leaves them.
+        ema_decay: of the moving average, which is what is scored and saved; 0 for none.
     """
 
+    kind: Literal["adamw", "adamw8bit"] = "adamw"
     learning_rate: float = 1e-3
     beta1: float = 0.9
     beta2: float = 0.99
+    epsilon: float = 1e-8
     weight_decay: float = 0.0
+    schedule: Literal["tail", "constant", "linear", "cosine"] = "tail"
     warmup: int = 100
     decay: float = 0.5
     max_grad_norm: float = 1.0
     ema_decay: float = 0.999
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "epsilon"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"optimizer.{name} must be > 0, got {getattr(self, name)}")
+        for name in ("beta1", "beta2", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"optimizer.{name} must lie in [0, 1), got {getattr(self, name)}")
+        for name in ("weight_decay", "warmup", "max_grad_norm"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"optimizer.{name} must be >= 0, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -254,28 +274,42 @@ class RecipeError(ValueError):
     """A recipe has an unknown key or a value of the wrong type."""
 
 
-def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Any:
     """Reads a recipe.
 
     Args:
         source: path of a TOML file, or the name of a recipe that comes with the package
-            ("embedded").
+            ("embedded", "finetune").
         overrides: `table.key=value` strings, applied in order.
 
+    Returns:
+        A `Recipe`, or a `latent_shift.training.finetune_config.Finetune` where the file says
+        `kind = "finetune"`.
+
     Raises:
-        RecipeError: unknown key, wrong type, or no such recipe.
+        RecipeError: unknown key, wrong type, settings that contradict each other, or no such
+            recipe.
     """
-    values = tomllib.loads(_read(source))
+    from latent_shift.training.finetune_config import Finetune
+
+    kinds = {"stages": Recipe, "finetune": Finetune}
+    try:
+        values = tomllib.loads(_read(source))
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{source} is not TOML: {error}") from error
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator:
             raise RecipeError(f"an override reads table.key=value, got {override!r}")
         _insert(values, key.strip().split("."), _parse(text.strip()))
-    return _build(Recipe, values, "")
+    kind = values.pop("kind", "stages")
+    if kind not in kinds:
+        raise RecipeError(f"kind must be one of {list(kinds)}, got {kind!r}")
+    return _build(kinds[kind], values, "")
 
 
-def to_dict(recipe: Recipe) -> dict[str, Any]:
-    """Returns a recipe as nested dicts and lists, ready for JSON."""
+def to_dict(recipe: Any) -> dict[str, Any]:
+    """Returns a recipe of either kind as nested dicts and lists, ready for JSON."""
     return dataclasses.asdict(recipe)
 
 
@@ -322,8 +356,8 @@ def _build(kind: type, values: dict[str, Any], where: str) -> Any:
     hints = typing.get_type_hints(kind)
     for name in values:
         if name not in hints:
-            near = difflib.get_close_matches(name, hints, n=1, cutoff=0.0)
-            raise RecipeError(f"unknown key {where}{name!s}; did you mean {where}{near[0]}?")
+            near = _nearest(name, kind, where)
+            raise RecipeError(f"unknown key {where}{name!s}; did you mean {near}?")
     try:
         return kind(
             **{
@@ -335,6 +369,22 @@ def _build(kind: type, values: dict[str, Any], where: str) -> Any:
         raise
     except ValueError as error:
         raise RecipeError(str(error)) from error
+
+
+def _nearest(name: str, kind: type, where: str) -> str:
+    """The known key that was meant: one of this table, or a table's that was left out."""
+    hints = typing.get_type_hints(kind)
+    (near,) = difflib.get_close_matches(name, hints, n=1, cutoff=0.0)
+    if where or difflib.SequenceMatcher(None, name, near).ratio() > 0.6:
+        return where + near
+    inner = {
+        key: table
+        for table, hint in hints.items()
+        if dataclasses.is_dataclass(hint)
+        for key in typing.get_type_hints(hint)
+    }
+    found = difflib.get_close_matches(name, inner, n=1, cutoff=0.6)
+    return f"{inner[found[0]]}.{found[0]}" if found else near
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:

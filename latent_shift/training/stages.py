@@ -6,7 +6,9 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from latent_shift.training.config import (
     TextConfig,
     VideoConfig,
 )
+from latent_shift.training.stopwatch import Stopwatch
 from latent_shift.training.trainer import Clock, Interrupted, Ranks, Stage, derive_seed
 from latent_shift.unet import LatentShiftUNet, ShiftConfig, insert_shift, remove_shift
 
@@ -61,7 +64,26 @@ class Workspace:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
-class AutoencoderStage:
+class SmallStage:
+    """What the stages here have in common: all ranks draw the same batch, the first one scores."""
+
+    name: str
+    workspace: Workspace
+    own_batches = False
+    everywhere = False
+
+    @cached_property
+    def watch(self) -> Stopwatch:
+        return Stopwatch(self.workspace.device)
+
+    def unsharded(self, weights: dict[str, Any]) -> AbstractContextManager[None]:
+        raise NotImplementedError("these stages are not sharded")
+
+    def advice(self, step: int) -> str:
+        return f"lower {self.name}.batch, or train on more ranks"
+
+
+class AutoencoderStage(SmallStage):
     """Trains `AutoencoderKL` on frames, then folds the latents' statistics into it."""
 
     name = "autoencoder"
@@ -143,7 +165,7 @@ class AutoencoderStage:
         return error.mean() + self.config.kl_weight * kl
 
     @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self, step: int) -> dict[str, float]:
         recipe = self.workspace.recipe
         data = MovingShapes(
             derive_seed(recipe.seed, "check"), num_frames=recipe.data.num_frames, split="all"
@@ -289,7 +311,7 @@ class Latents:
         return torch.stack(clips)
 
 
-class DiffusionStage:
+class DiffusionStage(SmallStage):
     """What the two diffusion stages share: models, captions, noise, loss, sampling."""
 
     config: ImageConfig | VideoConfig
@@ -466,7 +488,7 @@ class ImageStage(DiffusionStage):
         captions += self._captions(chosen[half:].tolist(), step, False, generator)
         return self.velocity_loss(clean, captions, generator)
 
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self, step: int) -> dict[str, float]:
         prompts = scorer.held_out_prompts(
             self.recipe.sampling.prompts, seed=2, split="all", image=True
         )
@@ -532,7 +554,7 @@ class VideoStage(DiffusionStage):
         captions = self._captions(chosen.tolist(), step, False, generator, backwards.tolist())
         return self.velocity_loss(clean, captions, generator)
 
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self, step: int) -> dict[str, float]:
         number = self.recipe.sampling.prompts
         prompts = scorer.held_out_prompts(number, seed=3)
         return scorer.score_prompts(

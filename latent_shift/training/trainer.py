@@ -1,8 +1,9 @@
-"""The training loop: stages in order, resumable at any step, bitwise.
+"""The training loop of every recipe, resumable at any step, bitwise.
 
 Everything random in step `n` of a stage is drawn from a generator seeded by `(seed, stage, n)`, and
-a checkpoint holds weights, optimizer, moving average and step. So a run that is killed and resumed
-computes the same bits, on one machine, as one that was not.
+by the rank where each rank draws its own batch; a checkpoint holds weights, optimizer, moving
+average and step. So a run that is killed and resumed computes the same bits, on one machine's CPU,
+as one that was not.
 """
 
 from __future__ import annotations
@@ -14,28 +15,63 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, ProjectConfiguration, reduce
+from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 from tqdm import tqdm
 
-from latent_shift.training.checkpoints import load_latest, save_checkpoint
+from latent_shift.training.checkpoints import (
+    CheckpointWriteError,
+    list_checkpoints,
+    load_latest,
+    save_checkpoint,
+    set_newest_aside,
+)
 from latent_shift.training.config import OptimizerConfig, Recipe, load_recipe, to_dict
+from latent_shift.training.finetune_config import Finetune
+from latent_shift.training.stopwatch import Stopwatch
+
+_SECOND_INTERRUPT = 5.0  # seconds; torchrun sends the terminal's Ctrl-C a second time
 
 
 class Stage(Protocol):
-    """One part of a recipe; the loop trains whatever implements this."""
+    """One part of a recipe; the loop trains whatever implements this.
+
+    Attributes:
+        own_batches: each rank draws a batch of its own; else all draw the same and share its rows.
+        everywhere: all ranks take part in `evaluate` and `finish`; else the first alone.
+    """
 
     name: str
     steps: int
-    optimizer: OptimizerConfig
     gate: float
+    own_batches: bool
+    everywhere: bool
+
+    @property
+    def optimizer(self) -> OptimizerConfig:
+        """The optimizer's settings."""
+
+    @property
+    def watch(self) -> Stopwatch:
+        """Times the parts of a step."""
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Returns AdamW parameter groups; "scale" is a factor on the learning rate."""
@@ -44,9 +80,9 @@ class Stage(Protocol):
         """Returns the trained modules by name."""
 
     def loss(self, step: int, generator: torch.Generator) -> Tensor:
-        """Returns the loss of one step, all randomness drawn from `generator`."""
+        """Returns the loss of one batch, all randomness drawn from `generator`."""
 
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self, step: int) -> dict[str, float]:
         """Scores the modules as they are."""
 
     def gated(self, scores: dict[str, float]) -> dict[str, float]:
@@ -55,26 +91,40 @@ class Stage(Protocol):
     def finish(self) -> None:
         """Writes what the next stage needs; the modules hold the moving average by then."""
 
+    def unsharded(self, weights: dict[str, Any]) -> AbstractContextManager[None]:
+        """Puts whole weights, named `module.parameter`, in place of shards for a while."""
+
+    def advice(self, step: int) -> str:
+        """Says which settings would fit, after `step` has run out of memory."""
+
 
 class Interrupted(Exception):
-    """The time given to the run is over; a checkpoint has been written."""
+    """The run was told to stop, or its time is over; a checkpoint has been written."""
+
+
+class TrainingError(RuntimeError):
+    """A run cannot go on; the message says why and what to change."""
 
 
 class Clock:
-    """Decides when to stop and when to save; a SIGTERM asks for a stop at the next step."""
+    """Decides when to stop and when to save; SIGTERM and SIGINT ask for a stop at the next step."""
 
     def __init__(self, max_seconds: float | None, save_seconds: float) -> None:
         self._deadline = None if max_seconds is None else time.monotonic() + max_seconds
         self._save_seconds = save_seconds
         self._last_save = time.monotonic()
-        self._asked = False
+        self._asked = 0.0
 
-    def ask_to_stop(self, *_: object) -> None:
-        self._asked = True
+    def ask_to_stop(self, number: int = signal.SIGTERM, *_: object) -> None:
+        now = time.monotonic()
+        if number == signal.SIGINT and self._asked and now - self._asked > _SECOND_INTERRUPT:
+            raise KeyboardInterrupt
+        self._asked = self._asked or now
 
     @property
     def over(self) -> bool:
-        return self._asked or (self._deadline is not None and time.monotonic() >= self._deadline)
+        late = self._deadline is not None and time.monotonic() >= self._deadline
+        return bool(self._asked) or late
 
     def time_to_save(self) -> bool:
         if time.monotonic() - self._last_save < self._save_seconds:
@@ -92,27 +142,84 @@ def derive_seed(*parts: object) -> int:
 
 def learning_rate_factor(step: int, steps: int, config: OptimizerConfig) -> float:
     """Returns the factor on the learning rate at `step` of `steps`."""
-    rise = min(1.0, (step + 1) / max(config.warmup, 1))
-    fall = min(1.0, (steps - step) / max(config.decay * steps, 1.0))
-    return min(rise, fall)
+    if config.schedule == "tail":
+        rise = min(1.0, (step + 1) / max(config.warmup, 1))
+        fall = min(1.0, (steps - step) / max(config.decay * steps, 1.0))
+        return min(rise, fall)
+    name = "constant_with_warmup" if config.schedule == "constant" else config.schedule
+    # diffusers keeps the curve as a function inside a scheduler
+    none = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    curve = get_scheduler(
+        name, none, num_warmup_steps=config.warmup, num_training_steps=steps
+    ).lr_lambdas[0]
+    # from the middle of a step: the first and the last would do nothing
+    return curve(step + 0.5)
+
+
+def make_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """Returns AdamW, in eight bits where that is asked for.
+
+    Raises:
+        TrainingError: bitsandbytes is not installed.
+    """
+    kind: Any = torch.optim.AdamW
+    if config.kind == "adamw8bit":
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError as error:
+            raise TrainingError(
+                'optimizer.kind = "adamw8bit" needs bitsandbytes, which is not to be had here '
+                f'({error}): pip install bitsandbytes, or take "adamw"'
+            ) from error
+        kind = AdamW8bit
+    return kind(
+        groups,
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        eps=config.epsilon,
+        weight_decay=config.weight_decay,
+    )
 
 
 class Ranks:
     """The processes of a run, one for each device or CPU core; a single one needs no launcher.
 
-    Every rank draws the randomness of the whole batch, computes its own rows, and the gradients are
-    averaged: the number of ranks changes rounding and nothing else. Launch with `torchrun
-    --nproc-per-node N -m latent_shift.training ...`.
+    Launch several with `torchrun --nproc-per-node N -m latent_shift train ...` or `accelerate
+    launch`, whose settings for FSDP are taken over.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.world = int(os.environ.get("WORLD_SIZE", "1"))
-        self.rank = int(os.environ.get("RANK", "0"))
-        self.device = device
-        if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group(
-                "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1)
-            )
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        precision: str = "fp32",
+        accumulate: int = 1,
+        trackers: Sequence[str] = (),
+        folder: Path | None = None,
+    ) -> None:
+        # one process may train twice, in another precision
+        AcceleratorState._reset_state()
+        self.accelerator = Accelerator(
+            cpu=device.type == "cpu",
+            mixed_precision="no" if precision == "fp32" else precision,
+            gradient_accumulation_steps=accumulate,
+            log_with=list(trackers) or None,
+            project_config=ProjectConfiguration(
+                project_dir=folder and str(folder), logging_dir=folder and str(folder / "logs")
+            ),
+            kwargs_handlers=[
+                # else the gradients' buckets are laid out anew after the first step, and a resumed
+                # run adds up in another order
+                DistributedDataParallelKwargs(
+                    find_unused_parameters=True, gradient_as_bucket_view=True
+                ),
+                InitProcessGroupKwargs(timeout=timedelta(hours=1)),
+            ],
+        )
+        self.world = self.accelerator.num_processes
+        self.rank = self.accelerator.process_index
+        self.device = self.accelerator.device
+        self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
 
     @property
     def first(self) -> bool:
@@ -124,31 +231,21 @@ class Ranks:
             raise ValueError(f"a batch of {batch} does not split evenly over {self.world} ranks")
         return slice(self.rank * batch // self.world, (self.rank + 1) * batch // self.world)
 
-    def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Averages gradients over the ranks, as one message."""
+    def any(self, *flags: bool) -> list[bool]:
+        """Returns for each flag whether it is set on some rank."""
         if self.world == 1:
-            return
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        dist.all_reduce(flat)
-        flat /= self.world
-        for gradient, part in zip(
-            gradients, flat.split([g.numel() for g in gradients]), strict=True
-        ):
-            gradient.copy_(part.view_as(gradient))
+            return list(flags)
+        counts = torch.tensor(flags, dtype=torch.int32, device=self.device)
+        return [bool(count) for count in reduce(counts, "sum")]
 
-    def agree(self, flag: bool) -> bool:
-        """Returns the first rank's `flag` on every rank."""
-        if self.world == 1:
-            return flag
-        shared = torch.tensor([flag], dtype=torch.uint8, device=self.device)
-        dist.broadcast(shared, src=0)
-        return bool(shared)
+    def mean(self, value: Tensor) -> Tensor:
+        """Returns the mean of `value` over the ranks."""
+        return value if self.world == 1 else reduce(value, "mean")
 
     def wait(self) -> None:
         """Waits for all ranks."""
         if self.world > 1:
-            dist.barrier()
+            self.accelerator.wait_for_everyone()
 
 
 class Results:
@@ -168,75 +265,310 @@ class Results:
         os.replace(temporary, self.path)
 
 
+@dataclass(frozen=True)
+class LoopConfig:
+    """What the loop itself needs of a recipe.
+
+    Attributes:
+        accumulate: batches in one step.
+        save_every: steps between checkpoints, beside those that the clock asks for; 0 for none.
+        evaluate_every, evaluate_first: steps between evaluations, and whether to begin with one.
+        about: what a checkpoint says of the run; a resumed run tells of differences.
+    """
+
+    seed: int
+    keep: int
+    accumulate: int = 1
+    save_every: int = 0
+    evaluate_every: int = 0
+    evaluate_first: bool = False
+    about: dict[str, Any] | None = None
+
+
+class _Objective(nn.Module):
+    """What DDP and FSDP wrap: the trained modules, and a forward pass that ends in the loss."""
+
+    def __init__(self, stage: Stage) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict(stage.modules())
+        self._loss = stage.loss
+
+    def forward(self, step: int, generator: torch.Generator) -> Tensor:
+        return self._loss(step, generator)
+
+
+class Loop:
+    """One stage in training: its model, optimizer and moving average on this rank."""
+
+    def __init__(self, stage: Stage, config: LoopConfig, ranks: Ranks) -> None:
+        self.stage, self.config, self.ranks = stage, config, ranks
+        self.accelerator = ranks.accelerator
+        optimizer = make_optimizer(stage.optimizer, stage.parameter_groups())
+        self.model, self.optimizer = self.accelerator.prepare(_Objective(stage), optimizer)
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        decay = stage.optimizer.ema_decay
+        self.average = EMAModel(self.parameters, decay=decay, foreach=True) if decay else None
+        self.norm: Tensor = torch.zeros(())
+        self._train()
+
+    def step(self, step: int) -> Tensor:
+        """Runs optimizer step `step`.
+
+        Returns:
+            This rank's loss, detached.
+
+        Raises:
+            TrainingError: out of memory.
+        """
+        stage, settings = self.stage, self.stage.optimizer
+        factor = learning_rate_factor(step, stage.steps, settings)
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.learning_rate * group.get("scale", 1.0) * factor
+        try:
+            losses = [
+                self._batch(step * self.config.accumulate + part)
+                for part in range(self.config.accumulate)
+            ]
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error).splitlines()[0] if str(error) else "no memory left"
+        else:
+            return torch.stack(losses).mean()
+        # outside the handler, whose traceback keeps the step's tensors
+        self.optimizer.optimizer.zero_grad(set_to_none=True)
+        raise TrainingError(f"step {step} ran out of memory ({reason}): {stage.advice(step)}")
+
+    def _batch(self, index: int) -> Tensor:
+        stage, watch = self.stage, self.stage.watch
+        own = (self.ranks.rank,) if stage.own_batches else ()
+        generator = torch.Generator().manual_seed(
+            derive_seed(self.config.seed, stage.name, index, *own)
+        )
+        # for dropout in the layers
+        torch.manual_seed(derive_seed(self.config.seed, stage.name, index, "layers", *own))
+        with self.accelerator.accumulate(self.model):
+            loss = self.model(index, generator)
+            with watch("backward"):
+                self.accelerator.backward(loss)
+            if self.accelerator.sync_gradients:
+                with watch("optimizer"):
+                    limit = stage.optimizer.max_grad_norm or float("inf")
+                    self.norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
+                    self.optimizer.step()
+                    self.optimizer.zero_grad()
+                    if self.average is not None:
+                        self.average.step(self.parameters)
+        return loss.detach()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Puts the moving average in the place of the weights, ready to be scored or saved."""
+        if self.average is not None:
+            self.average.store(self.parameters)
+            self.average.copy_to(self.parameters)
+        for module in self.stage.modules().values():
+            module.eval()
+        try:
+            if self.ranks.sharded:
+                whole = get_model_state_dict(
+                    self.model, options=StateDictOptions(full_state_dict=True)
+                )
+                with self.stage.unsharded(_without_prefix(whole)):
+                    yield
+            else:
+                yield
+        finally:
+            if self.average is not None:
+                self.average.restore(self.parameters)
+            self._train()
+
+    def state(self) -> dict[str, Any]:
+        """Returns what a checkpoint holds: what is trained, and nothing that is not."""
+        state: dict[str, Any] = {"about": self.config.about or {}}
+        if self.accelerator.scaler is not None:
+            state["scaler"] = self.accelerator.scaler.state_dict()
+        if self.ranks.sharded:
+            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+            weights, moments = get_state_dict(self.model, self.optimizer.optimizer, options=options)
+            state |= {"sharded": True, "weights": weights, "optimizer": moments}
+            if self.average is not None:
+                self.average.store(self.parameters)
+                self.average.copy_to(self.parameters)
+                state["average weights"] = get_model_state_dict(self.model, options=options)
+                self.average.restore(self.parameters)
+                state["average step"] = self.average.optimization_step
+            return state
+        if self.ranks.first:
+            state["modules"] = {
+                name: {key: v for key, v in module.state_dict().items() if key not in frozen}
+                for name, module in self.stage.modules().items()
+                for frozen in [_frozen(module)]
+            }
+            state["optimizer"] = self.optimizer.state_dict()
+            if self.average is not None:
+                state["average"] = self.average.state_dict()
+        return state
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Takes back what `state` returned.
+
+        Raises:
+            TrainingError: it is of a run that trains something else.
+        """
+        told = state.get("about", {})
+        changed = [
+            key for key, value in (self.config.about or {}).items() if told.get(key) != value
+        ]
+        if told and changed and self.ranks.first:
+            tqdm.write(
+                f"WARNING: {', '.join(changed)} changed since the checkpoint: the run goes on, "
+                "but computes something else than an uninterrupted one",
+                file=sys.stderr,
+            )
+        try:
+            self._load(state)
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise TrainingError(
+                "the checkpoint is of a run that trains something else "
+                f"({str(error).splitlines()[0]}): take the settings that it began with, or another "
+                "output folder"
+            ) from error
+        if "scaler" in state and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+
+    def _load(self, state: dict[str, Any]) -> None:
+        if state.get("sharded", False) != self.ranks.sharded:
+            raise ValueError("one of the two is sharded by FSDP, the other is not")
+        if ("average" in state or "average weights" in state) != (self.average is not None):
+            raise ValueError("one of the two keeps a moving average, the other does not")
+        if self.ranks.sharded:
+            options = StateDictOptions(full_state_dict=True)
+            if self.average is not None:
+                set_state_dict(
+                    self.model,
+                    self.optimizer.optimizer,
+                    model_state_dict=state["average weights"],
+                    optim_state_dict=state["optimizer"],
+                    options=options,
+                )
+                self.average = EMAModel(
+                    self.parameters, decay=self.stage.optimizer.ema_decay, foreach=True
+                )
+                self.average.optimization_step = state["average step"]
+            set_state_dict(
+                self.model,
+                self.optimizer.optimizer,
+                model_state_dict=state["weights"],
+                optim_state_dict=state["optimizer"],
+                options=options,
+            )
+            return
+        for name, module in self.stage.modules().items():
+            missing, unexpected = module.load_state_dict(state["modules"][name], strict=False)
+            if wrong := [*unexpected, *(set(missing) - _frozen(module))]:
+                raise ValueError(f"{name}.{wrong[0]} is in one of the two alone")
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+            self.average.to(device=self.parameters[0].device)
+
+    def _train(self) -> None:
+        for module in self.stage.modules().values():
+            module.train()
+
+
 def run_stage(
-    stage: Stage, recipe: Recipe, directory: Path, clock: Clock, results: Results, ranks: Ranks
+    stage: Stage,
+    config: LoopConfig,
+    directory: Path,
+    clock: Clock,
+    results: Results,
+    ranks: Ranks,
+    resume_from: str = "latest",
 ) -> None:
     """Trains one stage to its last step, from its newest checkpoint if it has one.
 
+    Args:
+        directory: the stage's own; checkpoints and log go there.
+        resume_from: "latest" checkpoint, or the "previous" one, which sets the newest aside.
+
     Raises:
-        Interrupted: the clock ran out; the state is saved.
+        Interrupted: the clock ran out, or a signal came; the state is saved.
+        TrainingError: the run cannot go on.
+        DamagedCheckpointError: the checkpoint to go on from is not what was written.
+        CheckpointWriteError: the last checkpoint could not be written.
     """
-    groups = stage.parameter_groups()
-    parameters = [parameter for group in groups for parameter in group["params"]]
-    config = stage.optimizer
-    optimizer = torch.optim.AdamW(
-        groups,
-        lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
-        weight_decay=config.weight_decay,
-    )
-    average = EMAModel(parameters, decay=config.ema_decay, foreach=True)
+    loop = Loop(stage, config, ranks)
     checkpoints = directory / "checkpoints"
     first = 0
+    if resume_from == "previous":
+        if ranks.first:
+            set_newest_aside(checkpoints)
+        ranks.wait()
     if (found := load_latest(checkpoints)) is not None:
         first, state = found
-        for name, module in stage.modules().items():
-            module.load_state_dict(state["modules"][name])
-        optimizer.load_state_dict(state["optimizer"])
-        average.load_state_dict(state["average"])
-        average.to(device=parameters[0].device)
+        loop.load(state)
+        del state, found
+    saved = first if list_checkpoints(checkpoints) else None
 
-    def save(step: int) -> None:
-        if not ranks.first:
+    def save(step: int, must: bool = True) -> None:
+        nonlocal saved
+        if saved == step:
             return
-        state = {
-            "modules": {name: module.state_dict() for name, module in stage.modules().items()},
-            "optimizer": optimizer.state_dict(),
-            "average": average.state_dict(),
-        }
-        save_checkpoint(checkpoints, step, state, keep=recipe.keep)
+        if not loop.accelerator.scaler and not bool(torch.isfinite(loop.norm)):
+            raise FloatingPointError(
+                f"{stage.name}: the gradient before step {step} is not finite; no checkpoint was "
+                "written of it: lower optimizer.learning_rate, and go on from the last one"
+            )
+        state = loop.state()
+        if ranks.first:
+            try:
+                save_checkpoint(checkpoints, step, state, keep=config.keep)
+            except CheckpointWriteError as error:
+                if must:
+                    raise
+                tqdm.write(
+                    f"WARNING: {error}; training goes on and tries again at the next checkpoint",
+                    file=sys.stderr,
+                )
+                return
+        saved = step
 
     def evaluate(step: int, last: bool) -> None:
-        if ranks.first:
-            score(step, last)
+        if stage.everywhere or ranks.first:
+            with loop.averaged():
+                score(step, last)
         ranks.wait()
 
     def score(step: int, last: bool) -> None:
-        average.store(parameters)
-        average.copy_to(parameters)
-        for module in stage.modules().values():
-            module.eval()
         with torch.no_grad():
-            scores = stage.evaluate()
-        gated = stage.gated(scores)
-        missed = {key: value for key, value in gated.items() if value < stage.gate}
-        entry = {"step": step, "scores": scores, "gate": stage.gate, "missed": missed, "last": last}
-        results.record(directory.name, entry)
-        tqdm.write(
-            f"{stage.name} at step {step}: " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items())
-        )
-        if last and missed:
+            scores = stage.evaluate(step)
+        if ranks.first:
+            gated = stage.gated(scores)
+            missed = {key: value for key, value in gated.items() if value < stage.gate}
+            entry = {
+                "step": step,
+                "scores": scores,
+                "gate": stage.gate,
+                "missed": missed,
+                "last": last,
+            }
+            results.record(directory.name, entry)
+            loop.accelerator.log({f"validation/{key}": v for key, v in scores.items()}, step=step)
             tqdm.write(
-                f"WARNING: stage {stage.name} misses its gate of {stage.gate}: "
-                + ", ".join(f"{key} {value:.3f}" for key, value in missed.items()),
-                file=sys.stderr,
+                f"{stage.name} at step {step}: "
+                + "  ".join(f"{k} {v:.3f}" for k, v in scores.items())
             )
+            if last and missed:
+                tqdm.write(
+                    f"WARNING: stage {stage.name} misses its gate of {stage.gate}: "
+                    + ", ".join(f"{key} {value:.3f}" for key, value in missed.items()),
+                    file=sys.stderr,
+                )
         if last:
             stage.finish()
-        average.restore(parameters)
 
-    for module in stage.modules().values():
-        module.train()
     log = open(directory / "log.jsonl" if ranks.first else os.devnull, "a", encoding="utf-8")  # noqa: SIM115
     interval = 0.5 if sys.stderr.isatty() else 30.0
     running = None
@@ -248,104 +580,150 @@ def run_stage(
         ) as bar,
     ):
         for step in range(first, stage.steps):
-            if ranks.agree(clock.over):
+            over, due = ranks.any(clock.over, ranks.first and clock.time_to_save())
+            if over:
                 save(step)
                 raise Interrupted(f"{stage.name} stopped at step {step} of {stage.steps}")
-            if clock.time_to_save():
-                save(step)
-            if recipe.evaluate_every and step and step % recipe.evaluate_every == 0:
+            if due or (config.save_every and step and step % config.save_every == 0):
+                save(step, must=False)
+            if (config.evaluate_first and step == 0) or (
+                config.evaluate_every and step and step % config.evaluate_every == 0
+            ):
                 evaluate(step, last=False)
-                for module in stage.modules().values():
-                    module.train()
-            factor = learning_rate_factor(step, stage.steps, config)
-            for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * group.get("scale", 1.0) * factor
-            generator = torch.Generator().manual_seed(derive_seed(recipe.seed, stage.name, step))
-            loss = stage.loss(step, generator)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            ranks.average_gradients(parameters)
-            norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-            optimizer.step()
-            average.step(parameters)
+            loss = loop.step(step)
             if step % 10 == 0:
-                value = loss.item()
-                if not torch.isfinite(norm):
+                value = ranks.mean(loss).item()
+                if not loop.accelerator.scaler and not torch.isfinite(loop.norm):
                     raise FloatingPointError(
                         f"{stage.name}: the gradient of step {step} is not finite"
                     )
                 running = value if running is None else 0.95 * running + 0.05 * value
+                rate = loop.optimizer.param_groups[0]["lr"]
+                norm = float(loop.norm)
                 log.write(
-                    json.dumps(
-                        {"step": step, "loss": value, "norm": norm.item(), "time": time.time()}
-                    )
+                    json.dumps({"step": step, "loss": value, "norm": norm, "time": time.time()})
                     + "\n"
                 )
                 log.flush()
+                if ranks.first:
+                    loop.accelerator.log(
+                        {"loss": value, "gradient norm": norm, "learning rate": rate}, step=step
+                    )
                 bar.set_postfix(loss=f"{running:.4f}", refresh=False)
             bar.update()
     save(stage.steps)
     evaluate(stage.steps, last=True)
 
 
+def _frozen(module: nn.Module) -> set[str]:
+    return {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+
+
+def _without_prefix(weights: dict[str, Any]) -> dict[str, Any]:
+    return {key.removeprefix("parts."): value for key, value in weights.items()}
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
+
+
+@contextmanager
+def _signals(clock: Clock) -> Iterator[None]:
+    """Lets SIGTERM and SIGINT ask for a stop; only the main thread may set a signal's handler."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {
+        number: signal.signal(number, clock.ask_to_stop)
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def train(
-    recipe: str | Path | Recipe,
+    recipe: str | Path | Recipe | Finetune,
     overrides: Sequence[str] = (),
     *,
     output_dir: str | Path,
     stages: Sequence[str] | None = None,
     max_seconds: float | None = None,
+    resume_from: str = "latest",
 ) -> bool:
-    """Runs a recipe's stages in order, resuming whatever is already there.
+    """Runs a recipe, resuming whatever is already there.
 
     Args:
-        recipe: path of a TOML file, name of a recipe that comes with the package, or a `Recipe`.
+        recipe: path of a TOML file, name of a recipe that comes with the package, a `Recipe`, or a
+            `Finetune`.
         overrides: `table.key=value` strings.
         output_dir: checkpoints, scores and the finished pipeline (`model`) go here.
-        stages: run only these, in the recipe's order; default all.
+        stages: of a `Recipe`, run only these, in its order; default all.
         max_seconds: stop, with a checkpoint, after this long; call again to go on.
+        resume_from: "latest" checkpoint, or "previous", where the latest is damaged.
 
     Returns:
-        True if everything asked for is done, False if the time ran out.
+        True if everything asked for is done, False if the time ran out or a signal came.
     """
+    if resume_from not in ("latest", "previous"):
+        raise ValueError(f'resume_from must be "latest" or "previous", got {resume_from!r}')
+    settings = load_recipe(recipe, overrides) if isinstance(recipe, (str, Path)) else recipe
+    root = Path(output_dir)
+    if isinstance(settings, Finetune):
+        from latent_shift.training.finetune import run
+
+        if stages:
+            raise ValueError("a finetuning run has no stages to choose from")
+        clock = Clock(max_seconds, settings.checkpoints.seconds or float("inf"))
+        with _signals(clock):
+            return run(settings, root, clock, resume_from)
+    clock = Clock(max_seconds, settings.save_seconds)
+    return _train_stages(settings, root, clock, stages, resume_from)
+
+
+def _train_stages(
+    settings: Recipe, root: Path, clock: Clock, stages: Sequence[str] | None, resume_from: str
+) -> bool:
     from latent_shift.training.export import export, load_run
     from latent_shift.training.stages import STAGES, Workspace
 
-    settings = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
     unknown = set(stages or ()) - set(STAGES)
     if unknown:
         raise ValueError(f"unknown stages {sorted(unknown)}; there are {list(STAGES)}")
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    root = Path(output_dir)
     root.mkdir(parents=True, exist_ok=True)
-    clock = Clock(max_seconds, settings.save_seconds)
-    # only the main thread may set a signal's handler
-    handles = threading.current_thread() is threading.main_thread()
-    previous = signal.signal(signal.SIGTERM, clock.ask_to_stop) if handles else None
     workspace = Workspace(settings, root, clock)
     ranks = workspace.ranks
+    if ranks.sharded:
+        raise TrainingError("the stages of this recipe are small and do not shard: leave FSDP out")
     if ranks.first:
         (root / "recipe.json").write_text(json.dumps(to_dict(settings), indent=2))
     results = Results(root / "scores.json")
+    config = LoopConfig(
+        seed=settings.seed, keep=settings.keep, evaluate_every=settings.evaluate_every
+    )
     try:
-        for name, build in STAGES.items():
-            directory = root / workspace.directory_of(name)
-            if (stages is not None and name not in stages) or (directory / "done").exists():
-                continue
-            directory.mkdir(parents=True, exist_ok=True)
-            torch.manual_seed(derive_seed(settings.seed, name, "initial weights"))
-            stage = build(workspace)
-            run_stage(stage, settings, directory, clock, results, ranks)
-            if ranks.first:
-                if name == "video" and settings.video.temporal == "shift":
-                    export(load_run(root, directory.name, settings), root / "model")
-                (directory / "done").touch()
-            ranks.wait()
+        with _signals(clock):
+            for name, build in STAGES.items():
+                directory = root / workspace.directory_of(name)
+                if (stages is not None and name not in stages) or (directory / "done").exists():
+                    continue
+                directory.mkdir(parents=True, exist_ok=True)
+                torch.manual_seed(derive_seed(settings.seed, name, "initial weights"))
+                stage = build(workspace)
+                run_stage(stage, config, directory, clock, results, ranks, resume_from)
+                resume_from = "latest"
+                if ranks.first:
+                    if name == "video" and settings.video.temporal == "shift":
+                        export(load_run(root, directory.name, settings), root / "model")
+                    (directory / "done").touch()
+                ranks.wait()
     except Interrupted as stop:
-        tqdm.write(f"{stop}; run the same command again to go on")
+        if ranks.first:
+            tqdm.write(f"{stop}; run the same command again to go on")
         return False
-    finally:
-        if handles:
-            signal.signal(signal.SIGTERM, previous)
     return True
