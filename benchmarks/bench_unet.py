@@ -22,9 +22,9 @@ motion        diffusers' UNetMotionModel (AnimateDiff), and with fuse()
 
 All are given channels_last inputs, random weights and one seed. Forward is timed without gradients,
 train is forward, mean squared error and backward to every parameter (the optimizer's step is the
-same for all). Providers take turns. Nothing is timed before it agrees, in fp32, with the provider
-it stands for. Memory is the peak of what torch allocates during one call, beyond weights and
-inputs.
+same for all). Providers take turns. Nothing is timed before it agrees with the provider that it
+stands for, computed in fp32. Memory is the peak of what torch allocates during one call, beyond
+weights and inputs.
 """
 
 from __future__ import annotations
@@ -33,12 +33,15 @@ import argparse
 import copy
 import functools
 import json
+import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # a line per profile otherwise
 
 import torch
 import torch.nn.functional as F
@@ -63,8 +66,8 @@ from latent_shift_kernels.integrations.diffusers import fuse, shift_resnet_block
 
 Inputs = tuple[Tensor, ...]
 PASSES = ("forward", "train")
-# RMS of the difference over RMS of the result, in fp32 through the whole model.
-TOLERANCE = 1e-3
+# RMS of the difference from fp32 over RMS of the result, through the whole model.
+TOLERANCES = {"fp32": 1e-3, "bf16": 0.1, "fp16": 2e-2}
 TIME_WIDTH = 1280  # of Stable Diffusion's time embedding
 
 # Block, channels in, channels out, latent side / side: one of every width and resolution.
@@ -123,16 +126,16 @@ class Contender:
     module: nn.Module
     inputs: Inputs
     like: str | None = None
-    run: Callable[..., Any] | None = None  # a compiled form of ``module``
+    run: Callable[..., Any] | None = None  # ``module``, compiled
+
+    @property
+    def inner(self) -> bool:
+        """Whether there is more of a network before it, which wants a gradient."""
+        return isinstance(self.module, ResnetBlock2D)
 
     def output(self) -> Tensor:
         result = (self.run or self.module)(*self.inputs)
         return result if isinstance(result, Tensor) else result[0]
-
-    def to(self, dtype: torch.dtype) -> Contender:
-        """The same in another dtype; what is no floating-point number stays."""
-        inputs = tuple(t.to(dtype) if t.is_floating_point() else t for t in self.inputs)
-        return Contender(copy.deepcopy(self.module).to(dtype), inputs, self.like)
 
 
 # The models.
@@ -198,7 +201,7 @@ def block_contenders(case: Case, device: torch.device) -> dict[str, Callable[[],
         "latent-shift": lambda: Contender(shifted(), (frames, temb), "roll"),
         "roll": lambda: Contender(shift_naively(block, roll_shift), (frames, repeated)),
         "tsm": lambda: Contender(shift_naively(block, tsm_shift), (frames, repeated), "roll"),
-        "image": lambda: Contender(block, (frames, repeated)),
+        "image": lambda: Contender(copy.deepcopy(block), (frames, repeated)),
         "image+fuse": lambda: Contender(fused_image(), (frames, repeated), "image"),
     }
 
@@ -239,7 +242,9 @@ def unet_contenders(case: Case, device: torch.device) -> dict[str, Callable[[], 
         return model
 
     def unet3d() -> nn.Module:
-        return build(UNet3DConditionModel, "3D", attention_head_dim=64 if side > 32 else 32)
+        # here it is the width of a head, 64 in ModelScope's
+        width_of_head = min(64, *config["block_out_channels"])
+        return build(UNet3DConditionModel, "3D", attention_head_dim=width_of_head)
 
     def motion() -> nn.Module:
         return build(
@@ -265,7 +270,7 @@ def unet_contenders(case: Case, device: torch.device) -> dict[str, Callable[[], 
         "latent-shift": lambda: per_clip(of_base(insert_shift), "roll"),
         "roll": lambda: Contender(shift_naively(base(), roll_shift), per_frame),
         "tsm": lambda: Contender(shift_naively(base(), tsm_shift), per_frame, "roll"),
-        "image": lambda: Contender(base(), per_frame),
+        "image": lambda: Contender(copy.deepcopy(base()), per_frame),
         "image+fuse": lambda: Contender(fused(lambda: of_base(id)), per_frame, "image"),
         "vdm": lambda: per_clip(of_base(insert_temporal_layers)),
         "unet3d": lambda: per_clip(unet3d()),
@@ -286,26 +291,18 @@ PROVIDERS = {
 ALL_PROVIDERS = (*PROVIDERS["unet"], *(f"{name}+compile" for name in _COMPILED))
 
 
-def contenders(
-    case: Case, names: list[str], device: torch.device
-) -> Iterator[tuple[str, Contender]]:
-    """Builds the providers of a case that ``names`` asks for, and those they have to agree with."""
-    builders = (block_contenders if case.model == "block" else unet_contenders)(case, device)
-    gpu = device.type == "cuda"
-    for name in names:
-        eager = name.removesuffix("+compile")
-        if eager not in builders:
-            continue
-        built = builders[eager]()
-        if eager != name:
-            run = torch.compile(
-                built.module,
-                fullgraph=True,
-                dynamic=False,
-                mode="max-autotune-no-cudagraphs" if gpu else "default",
-            )
-            built = Contender(built.module, built.inputs, built.like or eager, run)
-        yield name, built
+def prepared(
+    build: Callable[[], Contender], provider: str, dtype: torch.dtype, device: torch.device
+) -> Contender:
+    """A contender in the dtype that is measured, compiled where its name says so."""
+    built = build()
+    module = built.module.to(dtype)
+    inputs = tuple(t.to(dtype) if t.is_floating_point() else t for t in built.inputs)
+    run = None
+    if provider.endswith("+compile"):
+        mode = "max-autotune-no-cudagraphs" if device.type == "cuda" else "default"
+        run = torch.compile(module, fullgraph=True, dynamic=False, mode=mode)
+    return Contender(module, inputs, built.like, run)
 
 
 # Measuring.
@@ -324,9 +321,13 @@ def call_of(contender: Contender, direction: str) -> Call:
     with torch.no_grad():
         target = torch.zeros_like(contender.output())
 
+    if contender.inner:
+        contender.inputs[0].requires_grad_()
+
     def train() -> None:
         F.mse_loss(contender.output(), target).backward()
         contender.module.zero_grad(set_to_none=True)
+        contender.inputs[0].grad = None
 
     contender.module.train()
     return train
@@ -381,27 +382,28 @@ def share_beside_products(call: Call, device: torch.device) -> float:
 def measure(case: Case, names: list[str], device: torch.device, seconds: float) -> list[dict]:
     """The case's rows: every provider held to the one it stands for, then all timed in turns."""
     torch._dynamo.reset()
-    dtype = DTYPES[case.dtype]
+    builders = (block_contenders if case.model == "block" else unet_contenders)(case, device)
+
+    @functools.cache
+    def truth(name: str) -> Tensor:
+        with torch.no_grad():
+            return builders[name]().output()
+
     rows: dict[str, dict[str, Any]] = {}
     calls: dict[str, Call] = {}
-    truths: dict[str, Tensor] = {}
-    for name, contender in contenders(case, names, device):
-        row = rows[name] = _row(case, name, contender.module, device)
+    for name in names:
+        eager = name.removesuffix("+compile")
+        if eager not in builders:
+            continue
+        row = rows[name] = _row(case, name, device)
         try:
-            if "+compile" not in name:
-                with torch.no_grad():
-                    truths[name] = contender.output()
-                if contender.like in truths:
-                    row["error"] = difference(truths[name], truths[contender.like])
-                contender = contender.to(dtype) if dtype != torch.float32 else contender
-            else:
-                contender = _compiled(contender, dtype)
-                with torch.no_grad():
-                    result = contender.output().float()
-                if name.removesuffix("+compile") in truths:
-                    row["error"] = difference(result, truths[name.removesuffix("+compile")])
-            limit = TOLERANCE if dtype == torch.float32 or "+compile" not in name else 0.1
-            if row["error"] is not None and row["error"] > limit:
+            contender = prepared(builders[eager], name, DTYPES[case.dtype], device)
+            row["parameters"] = sum(p.numel() for p in contender.module.parameters())
+            with torch.no_grad():
+                row["error"] = difference(
+                    contender.output().float(), truth(contender.like or eager)
+                )
+            if row["error"] > TOLERANCES[case.dtype]:
                 row |= {"status": "failed", "note": f"off by {row['error']:.1e}: not timed"}
                 continue
             calls[name] = call_of(contender, case.direction)
@@ -414,7 +416,7 @@ def measure(case: Case, names: list[str], device: torch.device, seconds: float) 
                 "status": "error",
                 "note": f"{type(failure).__name__}: {failure}".splitlines()[0],
             }
-    truths.clear()
+    truth.cache_clear()
     timings = interleave(
         {name: [call] for name, call in calls.items()}, device, warm=False, seconds=seconds
     )
@@ -429,15 +431,7 @@ def measure(case: Case, names: list[str], device: torch.device, seconds: float) 
     return list(rows.values())
 
 
-def _compiled(contender: Contender, dtype: torch.dtype) -> Contender:
-    if dtype == torch.float32:
-        return contender
-    inputs = tuple(t.to(dtype) if t.is_floating_point() else t for t in contender.inputs)
-    contender.module.to(dtype)
-    return Contender(contender.module, inputs, contender.like, contender.run)
-
-
-def _row(case: Case, provider: str, module: nn.Module, device: torch.device) -> dict[str, Any]:
+def _row(case: Case, provider: str, device: torch.device) -> dict[str, Any]:
     return {
         "model": case.model,
         "part": case.part,
@@ -450,7 +444,7 @@ def _row(case: Case, provider: str, module: nn.Module, device: torch.device) -> 
         "layout": "channels_last",
         "device": device.type,
         "provider": provider,
-        "parameters": sum(parameter.numel() for parameter in module.parameters()),
+        "parameters": None,
         "status": "ok",
         "note": "",
         **dict.fromkeys(_MEASURED),
@@ -582,7 +576,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
             drawn.add_section()
         cells = case if case != shown else ("",) * len(case)
         shown = case
-        name = (row["provider"], f"{row['parameters'] / 1e6:.1f}")
+        name = (row["provider"], f"{(row['parameters'] or 0) / 1e6:.1f}")
         if row["ms"] is None:
             drawn.add_row(*cells, *name, row["status"], *[""] * 6, row["note"], style="red")
             continue

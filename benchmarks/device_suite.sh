@@ -11,6 +11,10 @@
 # sanitize   memcheck, racecheck, synccheck and initcheck on small cases
 # bench256   bench_shift.py, 256x256 pixels, 16 and 32 frames, warm and cold L2
 # bench512   the same at 512x512, and 64 frames
+# blocks     bench_unet.py, one ResNet block per width, 256x256 and 512x512
+# unet256    bench_unet.py, whole U-Nets at 256x256 with and without guidance, eager
+# unet512    the same at 512x512, forward
+# compiled   the whole U-Net at 256x256 against torch.compile
 # profile    what bounds the kernels (ncu), for the commonest site
 #
 # OUT (default benchmarks/results/<device>) receives a log, a stamp and JSON for every part; PYTHON
@@ -19,7 +23,7 @@
 set -u -o pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
-PARTS=(build matrix triton sanitize bench256 bench512 profile)
+PARTS=(build matrix triton sanitize bench256 bench512 blocks unet256 unet512 compiled profile)
 LIMIT=530 # seconds a part
 
 device=$($PYTHON -c 'import torch; print(torch.cuda.get_device_name(0))') || {
@@ -68,6 +72,28 @@ bench256() { bench 256 bench_shift_256 --frames 16 32; }
 
 bench512() { bench 512 bench_shift_512 --frames 32 64 --site down0.res down1.res down2.res down3.res; }
 
+unets() { # name, further options
+  local name=$1
+  shift
+  $PYTHON benchmarks/bench_unet.py --device cuda --json "$OUT/$name.json" "$@"
+}
+
+EAGER="latent-shift roll tsm image image+fuse vdm unet3d unet3d+fuse motion motion+fuse"
+
+blocks() {
+  unets bench_unet_blocks --model block --resolution 256 512 --guidance with \
+    --provider latent-shift roll tsm image image+fuse
+}
+
+unet256() { unets bench_unet_256 --model unet --resolution 256 --provider $EAGER; }
+
+unet512() { unets bench_unet_512 --model unet --resolution 512 --pass forward --provider $EAGER; }
+
+compiled() {
+  unets bench_unet_compiled --model unet --resolution 256 --guidance with --pass forward \
+    --provider latent-shift roll image latent-shift+compile roll+compile
+}
+
 profile() {
   ncu --clock-control none --set full --launch-skip 20 --launch-count 24 --csv \
     $PYTHON benchmarks/bench_shift.py --quick --site down0.res --provider latent-shift \
@@ -82,8 +108,8 @@ for part in "${@:-${PARTS[@]}}"; do
   }
   [[ $# -eq 0 && -e $OUT/$part.passed ]] && continue
   echo "== $part on $device"
-  export -f build matrix triton sanitize bench bench256 bench512 profile
-  export PYTHON
+  export -f build matrix triton sanitize bench bench256 bench512 unets blocks unet256 unet512 compiled profile
+  export PYTHON EAGER
   if timeout "$LIMIT" bash -c "$part" 2>&1 | tee "$OUT/$part.log"; then
     touch "$OUT/$part.passed"
   else
