@@ -52,7 +52,9 @@ class Device:
         return cls(
             properties.major * 10 + properties.minor,
             properties.multi_processor_count,
-            properties.shared_memory_per_block_optin,
+            getattr(
+                properties, "shared_memory_per_block_optin", properties.shared_memory_per_block
+            ),
         )
 
 

@@ -41,6 +41,7 @@ _GROUPS, _CLIP = 32, 16
 # Largest error over largest value, and what a rounding of another order may add.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
+Shape = tuple[int, int, int, int]
 Run = Callable[[], Any]
 Time = Callable[[dict[str, Run]], dict[str, float]]
 """Runs by name -> milliseconds by name."""
@@ -48,7 +49,7 @@ Time = Callable[[dict[str, Run]], dict[str, float]]
 
 def tune(
     device: torch.device,
-    shapes: Iterable[tuple[int, int, int, int]] = SHAPES,
+    shapes: Iterable[Shape] = SHAPES,
     dtypes: Iterable[torch.dtype] = (torch.bfloat16,),
     *,
     say: Callable[[str], None] = print,
@@ -75,7 +76,7 @@ def tune(
     shapes = shapes if device.type in backends.OFFERED else ()
     for dtype, shape in itertools.product(dtypes, shapes):
         with choices.trial({}):
-            for key, runs in _questions(device, tuple(shape), dtype):
+            for key, runs in _questions(device, shape, dtype):
                 default = next(iter(runs))
                 times = (time or _clock)(runs)
                 best = min(times, key=times.__getitem__)
@@ -93,14 +94,14 @@ def tune(
 
 
 def _questions(
-    device: torch.device, shape: tuple[int, int, int, int], dtype: torch.dtype
+    device: torch.device, shape: Shape, dtype: torch.dtype
 ) -> Iterator[tuple[str, dict[str, Run]]]:
     """(call, what runs each of two or more kernels, the one that the rule chooses first)."""
     serving = dispatch.serving(device.type)
     for op, arguments in _calls(device, shape, dtype):
         of_conv2d = (arguments[1], arguments[9]) if op == CONV2D else ()
         call = dispatch.Call(op, arguments[0], *of_conv2d)
-        able = {
+        able: dict[str, Run] = {
             kernel: partial(run, *arguments)
             for kernel, run in _implementations(op, device.type).items()
             if kernel == "composed" or op != CONV2D or not _refused(kernel, call)
@@ -173,7 +174,7 @@ def _triton(device: str) -> dict[str, Callable[..., Any]] | None:
 
 
 def _calls(
-    device: torch.device, shape: tuple[int, int, int, int], dtype: torch.dtype
+    device: torch.device, shape: Shape, dtype: torch.dtype
 ) -> Iterator[tuple[str, tuple[Any, ...]]]:
     """Every operator with its raw arguments: the paper's thirds, zeros at the ends of a clip."""
     frames, channels, height, width = shape
@@ -196,7 +197,7 @@ def _calls(
     yield "temporal_shift", (x, *shift)
     yield "temporal_shift_backward", (x, *shift)
     yield "shift_add", (other, x, 1.0, *shift)
-    norm = (*unmoved, False, "zeros")
+    norm: tuple[Any, ...] = (*unmoved, False, "zeros")
     yield "shift_add_group_norm_silu", (x, None, *tables, groups, 1e-5, *norm)
     _, _, mean, rstd = reference.shift_add_group_norm_silu(x, None, *tables, groups, 1e-5, *norm)
     yield (

@@ -1,5 +1,6 @@
 """Which kernel is preferred: what forces it, what was measured, where that is kept."""
 
+import functools
 import json
 import os
 import subprocess
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from latent_shift_kernels import __main__ as command
-from latent_shift_kernels import backends, choices, dispatch, reference, tune
+from latent_shift_kernels import backends, choices, dispatch, ops, reference, tune
 
 CPU = torch.device("cpu")
 CALL = "temporal_shift float32 2x8x3x3"
@@ -133,6 +134,36 @@ def test_nothing_to_choose_is_said(monkeypatch):
     monkeypatch.setattr(tune, "_implementations", lambda op, device: {})
     with pytest.raises(ValueError, match="one kernel, so there is nothing to measure"):
         tune.tune(CPU, [SHAPE], [torch.float32])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for Triton's interpreter")
+@pytest.mark.parametrize("op", [backends.CONV2D, "shift_add"])
+def test_every_tile_of_triton_is_tried_and_right(op, monkeypatch):
+    pytest.importorskip("triton")
+    from latent_shift_kernels.backends import triton as kernels
+    from latent_shift_kernels.backends.triton import _common
+    from latent_shift_kernels.backends.triton import shift_group_norm_silu_conv2d as conv2d
+
+    arguments = dict(tune._calls(CPU, (2, 32, 4, 4), torch.float32))[op]
+    name, module = (f"{op}_fused", conv2d) if op == backends.CONV2D else (op, _common)
+    launch, seen = module.launch, []
+
+    def recorded(kernel, programs, x, num_warps, **told):
+        seen.append((told.get("BLOCK_P"), num_warps))
+        return launch(kernel, programs, x, num_warps, **told)
+
+    monkeypatch.setattr(module, "launch", recorded)
+    run = functools.partial(kernels.IMPLEMENTATIONS[name], *arguments)
+    ((key, tried),) = tune._tiles(op, arguments, run)
+    expected = (ops.COMPOSED.get(op) or getattr(reference, op))(*arguments)
+    assert len(tried) > 1
+    for choice, run_it in tried.items():
+        seen.clear()
+        assert tune._agrees(run_it(), expected, torch.float32)
+        sizes = [int(size) for size in choice.split("x")]
+        warps = sizes[-2] if op == backends.CONV2D else sizes[-1]
+        assert (sizes[0], warps) in seen, choice
+    assert choices.lookup(CPU, key) is None, "a trial has left something behind"
 
 
 @native
