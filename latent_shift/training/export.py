@@ -21,8 +21,8 @@ def load_run(root: Path, part: str, recipe: Recipe) -> LatentShiftPipeline:
 
     Args:
         root: the run's output folder.
-        part: whose U-Net and text encoder to take: "image" (before any video), "video-shift" or
-            "video-none". Of an unfinished stage, the moving average in its newest checkpoint.
+        part: whose U-Net to take: "image" (before any video), "video-shift" or "video-none". Of an
+            unfinished stage, the moving average in its newest checkpoint.
         recipe: the run's recipe.
 
     Raises:
@@ -35,15 +35,14 @@ def load_run(root: Path, part: str, recipe: Recipe) -> LatentShiftPipeline:
         raise FileNotFoundError(f"{root} holds no finished image stage to start from")
     shift = None if part == "image" else video_shift(recipe)
     unet = LatentShiftUNet.from_pretrained(source / "unet", shift=shift)
-    text_encoder = CLIPTextModel.from_pretrained(source / "text_encoder")
+    text_encoder = CLIPTextModel.from_pretrained(root / "pipeline" / "text_encoder")
     if not finished:
         found = load_latest(folder / "checkpoints")
         if found is None:
             raise FileNotFoundError(f"{folder} holds neither a finished stage nor a checkpoint")
-        parameters = [*unet.parameters(), *text_encoder.parameters()]
         averages = found[1]["average"]["shadow_params"]
         with torch.no_grad():
-            for parameter, average in zip(parameters, averages, strict=True):
+            for parameter, average in zip(unet.parameters(), averages, strict=True):
                 parameter.copy_(average)
     return LatentShiftPipeline(
         vae=AutoencoderKL.from_pretrained(root / "pipeline" / "vae"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -214,7 +215,7 @@ def crop_around(image: Tensor, centre: tuple[float, float], corner: Tensor, crop
     """
     size = image.shape[-1]
     left, top = (
-        min(max(int(place * size - float(part) * crop), 0), size - crop)
+        min(max(int(place * size) - int(part * crop), 0), size - crop)
         for place, part in zip(centre, corner, strict=True)
     )
     return image[..., top : top + crop, left : left + crop]
@@ -311,12 +312,9 @@ class Latents:
         return torch.stack(clips)
 
 
-class DiffusionStage(SmallStage):
-    """What the two diffusion stages share: models, captions, noise, loss, sampling."""
-
-    config: ImageConfig | VideoConfig
-    unet: LatentShiftUNet
-    text_encoder: CLIPTextModel
+class CaptionedLatents(SmallStage):
+    """What the stages after the autoencoder share: clips as latents, their captions, and the
+    tokenizer."""
 
     def __init__(self, workspace: Workspace) -> None:
         self.workspace = workspace
@@ -327,17 +325,9 @@ class DiffusionStage(SmallStage):
             self._learn_tokenizer()
         workspace.ranks.wait()
         self.tokenizer = CLIPTokenizer.from_pretrained(self.pipeline / "tokenizer")
-        self.scheduler = make_scheduler(self.recipe.schedule)
 
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """What the optimiser trains, and at which share of the learning rate."""
-        raise NotImplementedError  # images and clips each choose their own; this class is no stage
-
-    def modules(self) -> dict[str, nn.Module]:
-        return {"unet": self.unet, "text_encoder": self.text_encoder}
-
-    def encode_text(self, captions: list[str]) -> Tensor:
-        """Returns the text encoder's last hidden states (N, L, D)."""
+    def tokenize(self, captions: list[str]) -> Tensor:
+        """Returns token ids (N, L)."""
         tokens = self.tokenizer(
             captions,
             padding="max_length",
@@ -345,7 +335,150 @@ class DiffusionStage(SmallStage):
             max_length=self.tokenizer.model_max_length,
             return_tensors="pt",
         )
-        return self.text_encoder(tokens.input_ids.to(self.workspace.device))[0]
+        return tokens.input_ids.to(self.workspace.device)
+
+    def _learn_tokenizer(self) -> None:
+        folder = self.pipeline / "tokenizer"
+        if not folder.exists():
+            texts = [
+                self.latents.data.prompt(index, image=bool(index % 4 == 0)).text
+                for index in range(min(len(self.latents), 5000))
+            ]
+            make_tokenizer([*texts, *vocabulary()], self.recipe.text).save_pretrained(folder)
+
+
+class ContrastiveModel(nn.Module):
+    """A text encoder and a small tower for clips, which meet in one space (arXiv 2103.00020)."""
+
+    def __init__(self, config: TextConfig, text_encoder: CLIPTextModel, latents: int, side: int):
+        super().__init__()
+        self.text_encoder = text_encoder
+        width, layers = latents * config.frames, []
+        for number, following in enumerate(config.widths):
+            stride = 1 if number == 0 else 2
+            layers += [nn.Conv2d(width, following, 3, stride, 1), nn.SiLU()]
+            width, side = following, -(-side // stride)
+        self.tower = nn.Sequential(
+            *layers, nn.Flatten(), nn.Linear(width * side**2, config.hidden_size)
+        )
+        self.projection = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.frames = config.frames
+
+    def embed_clips(self, clips: Tensor) -> Tensor:
+        """Unit vectors (B, D) of latents (B, T, C, h, w)."""
+        chosen = torch.linspace(0, clips.shape[1] - 1, self.frames).round().long()
+        return F.normalize(self.tower(clips[:, chosen].flatten(1, 2)), dim=-1)
+
+    def embed_text(self, tokens: Tensor) -> Tensor:
+        """Unit vectors (B, D) of token ids (B, L)."""
+        return F.normalize(self.projection(self.text_encoder(tokens).pooler_output), dim=-1)
+
+
+class TextStage(CaptionedLatents):
+    """Trains the text encoder by contrast of captions with clips."""
+
+    name = "text"
+
+    def __init__(self, workspace: Workspace) -> None:
+        super().__init__(workspace)
+        recipe = self.recipe
+        self.config = config = recipe.text
+        self.steps, self.optimizer, self.gate = config.steps, config.optimizer, recipe.gates.text
+        self.model = ContrastiveModel(
+            config,
+            make_text_encoder(config, self.tokenizer),
+            recipe.autoencoder.latent_channels,
+            recipe.latent_size,
+        ).to(workspace.device)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return [{"params": list(self.model.parameters())}]
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {"model": self.model}
+
+    def loss(self, step: int, generator: torch.Generator) -> Tensor:
+        batch, group = self.config.batch, self.config.group
+        chosen = torch.randint(len(self.latents), (batch,), generator=generator)
+        backwards = torch.rand(batch, generator=generator) < 0.5
+        clips = self.latents.values[chosen].float()
+        clips = torch.where(backwards.view(-1, 1, 1, 1, 1), clips.flip(1), clips)
+        # every fourth caption is one of a picture, silent on motion, as the image stage has them
+        captions = [
+            self.latents.data.prompt(index, wording=step, image=row % 4 == 0, backwards=back).text
+            for row, (index, back) in enumerate(
+                zip(chosen.tolist(), backwards.tolist(), strict=True)
+            )
+        ]
+        groups = range(batch // group)[self.workspace.ranks.rows(batch // group)]
+        mine = slice(groups.start * group, groups.stop * group)
+        with self.workspace.autocast():
+            seen = self.model.embed_clips(clips[mine].to(self.workspace.device))
+            read = self.model.embed_text(self.tokenize(captions[mine]))
+        seen, read = (side.float().unflatten(0, (-1, group)) for side in (seen, read))
+        # [groups, clip, caption]
+        logits = self.model.log_scale.exp().clamp(max=100.0) * seen @ read.transpose(1, 2)
+        target = torch.arange(group, device=logits.device).expand(len(groups), group)
+        return 0.5 * (
+            F.cross_entropy(logits.transpose(1, 2), target) + F.cross_entropy(logits, target)
+        )
+
+    @torch.no_grad()
+    def evaluate(self, step: int) -> dict[str, float]:
+        """For every attribute, how often clips that were not trained on fit their own caption best
+        of those that differ in this attribute alone."""
+        recipe, device = self.recipe, self.workspace.device
+        data = MovingShapes(
+            derive_seed(recipe.seed, "check"), num_frames=recipe.data.num_frames, split="all"
+        )
+        truths = [data.truth(index) for index in range(4 * recipe.sampling.prompts)]
+        vae = AutoencoderKL.from_pretrained(self.pipeline / "vae").to(device)
+        seen = []
+        for truth in truths:
+            frames = render([truth], recipe.data.size)[0].mul(2.0).sub(1.0).to(device)
+            seen.append(self.model.embed_clips(vae.encode(frames).latent_dist.mode().unsqueeze(0)))
+        right = dict.fromkeys(scorer.VALUES, 0)
+        for truth, clip in zip(truths, seen, strict=True):
+            for attribute, values in scorer.VALUES.items():
+                captions = [
+                    scorer.full_caption(scorer.with_attribute(truth, attribute, value))
+                    for value in values
+                ]
+                fits = self.model.embed_text(self.tokenize(captions)) @ clip[0]
+                best = values[int(fits.argmax())]
+                right[attribute] += best == scorer.value_of(truth, attribute)
+        return {attribute: count / len(truths) for attribute, count in right.items()}
+
+    def gated(self, scores: dict[str, float]) -> dict[str, float]:
+        return scores
+
+    def finish(self) -> None:
+        self.model.text_encoder.save_pretrained(self.pipeline / "text_encoder")
+
+
+class DiffusionStage(CaptionedLatents):
+    """What the two diffusion stages share: models, captions, noise, loss, sampling."""
+
+    config: ImageConfig | VideoConfig
+    unet: LatentShiftUNet
+
+    def __init__(self, workspace: Workspace) -> None:
+        super().__init__(workspace)
+        self.text_encoder = CLIPTextModel.from_pretrained(self.pipeline / "text_encoder")
+        self.text_encoder.requires_grad_(False).eval().to(workspace.device)
+        self.scheduler = make_scheduler(self.recipe.schedule)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return [{"params": list(self.unet.parameters())}]
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {"unet": self.unet}
+
+    @torch.no_grad()
+    def encode_text(self, captions: list[str]) -> Tensor:
+        """Returns the text encoder's last hidden states (N, L, D)."""
+        return self.text_encoder(self.tokenize(captions))[0]
 
     def velocity_loss(
         self, clean: Tensor, captions: list[str], generator: torch.Generator
@@ -358,8 +491,7 @@ class DiffusionStage(SmallStage):
         """
         batch = clean.shape[0]
         noise = torch.randn(clean.shape, generator=generator)
-        time, shift = torch.rand(batch, generator=generator), self.config.noise_shift
-        time = shift * time / (1.0 + (shift - 1.0) * time)
+        time = self._times(batch, generator)
         steps = (time * self.scheduler.config.num_train_timesteps).long()
         mine = self.workspace.ranks.rows(batch)
         captions = captions[mine]
@@ -371,6 +503,14 @@ class DiffusionStage(SmallStage):
         with self.workspace.autocast():
             predicted = self.predict(noisy, steps, self.encode_text(captions))
         return F.mse_loss(predicted.float(), target)
+
+    def _times(self, batch: int, generator: torch.Generator) -> Tensor:
+        config = self.config
+        normal, uniform, choice = (
+            draw(batch, generator=generator) for draw in (torch.randn, torch.rand, torch.rand)
+        )
+        time = torch.sigmoid(config.time_mean + config.time_std * normal)
+        return torch.where(choice < config.time_uniform, uniform, time)
 
     def predict(self, noisy: Tensor, steps: Tensor, text: Tensor) -> Tensor:
         """Runs the U-Net on clips (B, T, C, h, w), one time step and one text (L, D) for each."""
@@ -425,18 +565,9 @@ class DiffusionStage(SmallStage):
             for index, drop, back in zip(chosen, dropped, backwards, strict=True)
         ]
 
-    def _learn_tokenizer(self) -> None:
-        folder = self.pipeline / "tokenizer"
-        if not folder.exists():
-            texts = [
-                self.latents.data.prompt(index, image=bool(index % 4 == 0)).text
-                for index in range(min(len(self.latents), 5000))
-            ]
-            make_tokenizer([*texts, *vocabulary()], self.recipe.text).save_pretrained(folder)
-
 
 class ImageStage(DiffusionStage):
-    """Trains text encoder and U-Net together on single frames."""
+    """Trains the U-Net on single frames."""
 
     name = "image"
     config: ImageConfig
@@ -450,17 +581,10 @@ class ImageStage(DiffusionStage):
             recipe.image.optimizer,
             recipe.gates.image,
         )
-        self.text_encoder = make_text_encoder(recipe.text, self.tokenizer).to(workspace.device)
         # one frame is not shifted, so this is the image U-Net, on the fused operators
         self.unet = insert_shift(make_unet(recipe)).to(
             workspace.device, memory_format=torch.channels_last
         )
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        return [
-            {"params": list(self.unet.parameters())},
-            {"params": list(self.text_encoder.parameters())},
-        ]
 
     def loss(self, step: int, generator: torch.Generator) -> Tensor:
         cropped = step < self.config.crop_share * self.steps
@@ -481,8 +605,7 @@ class ImageStage(DiffusionStage):
                     for latent, centre, corner in zip(clean, tracks, corners, strict=True)
                 ]
             )
-        # half of the captions speak of motion, so that the words of motion are no news to the text
-        # encoder later
+        # half of the captions speak of motion, so that the words of motion are no news later
         half = batch // 2
         captions = self._captions(chosen[:half].tolist(), step, True, generator)
         captions += self._captions(chosen[half:].tolist(), step, False, generator)
@@ -501,7 +624,6 @@ class ImageStage(DiffusionStage):
         folder = self.workspace.root / "image"
         remove_shift(self.unet).save_pretrained(folder / "unet")
         insert_shift(self.unet)
-        self.text_encoder.save_pretrained(folder / "text_encoder")
 
 
 class VideoStage(DiffusionStage):
@@ -520,19 +642,9 @@ class VideoStage(DiffusionStage):
             recipe.gates.video,
         )
         folder = workspace.root / "image"
-        self.text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder").to(
-            workspace.device
-        )
         image_unet = UNet2DConditionModel.from_pretrained(folder / "unet")
         self.unet = insert_shift(image_unet, video_shift(recipe))
         self.unet.to(workspace.device, memory_format=torch.channels_last)
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        scale = self.config.text_learning_rate
-        return [
-            {"params": list(self.unet.parameters())},
-            {"params": list(self.text_encoder.parameters()), "scale": scale},
-        ]
 
     def loss(self, step: int, generator: torch.Generator) -> Tensor:
         if self.config.image_every and step % self.config.image_every == 0:
@@ -567,7 +679,6 @@ class VideoStage(DiffusionStage):
     def finish(self) -> None:
         folder = self.workspace.root / self.workspace.directory_of("video")
         self.unet.save_pretrained(folder / "unet")
-        self.text_encoder.save_pretrained(folder / "text_encoder")
 
 
 def make_scheduler(config: ScheduleConfig) -> DDIMScheduler:
@@ -658,6 +769,7 @@ def video_shift(recipe: Recipe) -> ShiftConfig:
 
 STAGES: dict[str, Callable[[Workspace], Stage]] = {
     "autoencoder": AutoencoderStage,
+    "text": TextStage,
     "image": ImageStage,
     "video": VideoStage,
 }

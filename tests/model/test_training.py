@@ -12,7 +12,13 @@ import torch
 
 from latent_shift.training import checkpoints, config, load_recipe, recipe_names, train, trainer
 from latent_shift.training.export import load_run
-from latent_shift.training.stages import VideoStage, Workspace, fold_latent_statistics
+from latent_shift.training.stages import (
+    TextStage,
+    VideoStage,
+    Workspace,
+    crop_around,
+    fold_latent_statistics,
+)
 
 TINY = """
 name = "tiny"
@@ -34,6 +40,11 @@ crop_share = 0.5
 hidden_size = 16
 layers = 1
 heads = 2
+steps = 3
+batch = 4
+group = 2
+frames = 2
+widths = [4, 4]
 [unet]
 block_out_channels = [8, 16]
 attention = [false, true]
@@ -42,6 +53,9 @@ norm_num_groups = 4
 [image]
 steps = 4
 batch = 4
+crop_share = 0.5
+crop = 8
+crop_batch = 6
 [video]
 steps = 6
 batch = 2
@@ -94,6 +108,9 @@ def test_overrides_and_their_types(recipe):
         ("image.steps", "table.key=value"),
         ("data.size=33", "multiples of 2"),
         ("unet.attention=[true]", "one entry per level"),
+        ("text.group=3", "text.batch must be a multiple of text.group, got 4 and 3"),
+        ("image.crop=17", "image.crop must be from 1 to the latents' 16, got 17"),
+        ("data.two_object_share=0.5", "a crop around one object"),
     ],
 )
 def test_wrong_keys_and_values_are_named(recipe, override, message):
@@ -143,7 +160,7 @@ def test_the_learning_rate_rises_stays_and_falls():
 
 def test_every_stage_runs_and_reports(finished):
     scores = json.loads((finished / "scores.json").read_text())
-    assert set(scores) == {"autoencoder", "image", "video-shift"}
+    assert set(scores) == {"autoencoder", "text", "image", "video-shift"}
     assert scores["video-shift"][-1]["last"] and "direction" in scores["video-shift"][-1]["scores"]
     assert scores["image"][-1]["missed"]  # four steps cannot reach a gate
     assert (finished / "video-shift" / "done").exists()
@@ -214,6 +231,43 @@ def test_the_ablation_differs_in_the_shift_alone(recipe, finished):
         # and one frame is the image model in both arms
         single = [stage.predict(noisy[:, :1], steps, text) for stage in stages]
         assert torch.allclose(*single, atol=1e-5)
+
+
+def test_a_crop_holds_the_centre_that_it_is_given():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(100):
+        x, y, *corner = torch.rand(4, generator=generator).tolist()
+        row, column = int(y * 16), int(x * 16)
+        image = torch.zeros(2, 16, 16)
+        image[:, row, column] = 1.0
+        cut = crop_around(image, (x, y), torch.tensor(corner), 8)
+        assert cut.shape == (2, 8, 8)
+        assert cut.sum() == 2
+
+
+@pytest.mark.parametrize(("mean", "uniform"), [(0.6, 0.0), (1.4, 0.0), (0.0, 1.0)])
+def test_time_steps_lie_where_the_recipe_says(recipe, finished, mean, uniform):
+    settings = [f"video.time_mean={mean}", "video.time_std=0.9", f"video.time_uniform={uniform}"]
+    workspace = Workspace(load_recipe(recipe, settings), finished, trainer.Clock(None, 60.0))
+    times = VideoStage(workspace)._times(20_000, torch.Generator().manual_seed(0))
+    assert times.min() >= 0.0 and times.max() < 1.0
+    low, middle, high = times.quantile(torch.tensor([0.16, 0.5, 0.84])).tolist()
+    if uniform:
+        assert (low, middle, high) == pytest.approx((0.16, 0.5, 0.84), abs=0.02)
+    else:
+        logits = torch.tensor([mean - 0.9, mean, mean + 0.9])
+        assert (low, middle, high) == pytest.approx(torch.sigmoid(logits).tolist(), abs=0.02)
+
+
+def test_the_text_encoder_is_learned_once_and_frozen(recipe, finished):
+    settings = load_recipe(recipe)
+    trained = load_run(finished, "video-shift", settings).text_encoder.state_dict()
+    torch.manual_seed(trainer.derive_seed(settings.seed, "text", "initial weights"))
+    stage = TextStage(Workspace(settings, finished, trainer.Clock(None, 60.0)))
+    first = stage.model.text_encoder.state_dict()
+    assert any(not torch.equal(first[name], trained[name]) for name in trained)
+    image = load_run(finished, "image", settings).text_encoder.state_dict()
+    assert all(torch.equal(image[name], trained[name]) for name in trained)
 
 
 def test_folding_the_statistics_changes_latents_and_not_images(finished):
