@@ -23,6 +23,7 @@ from types import ModuleType
 
 HERE = Path(__file__).parent
 BUILD = HERE.parents[1] / "build" / "host"
+MACHINE = HERE / "executor"
 JOBS = 2
 # Another process may be about to load an older module.
 KEEP_SECONDS = 3600
@@ -97,7 +98,7 @@ def compile_file(source: Path, compiler: str) -> Path:
     """The object file of one source, compiled if it must be."""
     import pybind11
 
-    kernels = source.name != "executor.cpp"
+    kernels = source.parent != MACHINE
     flags = [*KERNELS, *(f"-fno-builtin-{copy}" for copy in COPIES)] if kernels else EXECUTOR
     includes = [HERE / "include", pybind11.get_include(), sysconfig.get_paths()["include"]]
     target, depends, stamp, fresh = (
@@ -126,7 +127,7 @@ def build(only: Sequence[str] | None = None) -> tuple[Path, dict[str, str]]:
     ``only`` names the bindings that are wanted, by the stems of their files.
     """
     compiler = subprocess.run(["g++", "--version"], capture_output=True, text=True).stdout
-    required = [HERE / "executor.cpp", HERE / "module.cpp"]
+    required = [*MACHINE.glob("*.cpp"), HERE / "module.cpp"]
     bindings = [*HERE.glob("bind_*.cpp"), HERE / "faults.cpp", HERE / "features.cpp"]
     if only is not None:
         bindings = [source for source in bindings if source.stem in only]
@@ -144,7 +145,11 @@ def build(only: Sequence[str] | None = None) -> tuple[Path, dict[str, str]]:
     with ThreadPoolExecutor(JOBS) as pool:
         # the slow ones first
         order = sorted([*required, *bindings], key=lambda source: -source.stat().st_size)
-        objects = sorted(o for o in pool.map(attempt, order) if o is not None)
+        made = sorted(o for o in pool.map(attempt, order) if o is not None)
+    # The executor's first: of a library's inline functions the linker keeps the first copy, and the
+    # executor must not run into its own checks.
+    own = {source.stem for source in MACHINE.glob("*.cpp")}
+    objects = sorted(made, key=lambda path: path.stem not in own)
     contents = hashlib.sha256(b"".join(o.read_bytes() for o in objects))
     library = BUILD / contents.hexdigest()[:16] / "latent_shift_host.so"
     with locked(library):

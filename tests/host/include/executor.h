@@ -1,4 +1,4 @@
-// What kernel code compiled for the host calls; the executor runs it (tests/host/executor.cpp).
+// What kernel code compiled for the host calls; the executor runs it (tests/host/executor).
 #pragma once
 
 #include <cstddef>
