@@ -1,1 +1,1 @@
-"""Evaluation: scores read off generated clips."""
+"""Evaluation: scores of generated clips."""

@@ -14,7 +14,7 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from latent_shift.data.moving_shapes import (
     DIRECTIONS,
     SHAPES,
     SIZES,
+    TRAVEL,
     ClipTruth,
     MovingShapes,
     ObjectPrompt,
@@ -37,8 +38,15 @@ from latent_shift.data.moving_shapes import (
 )
 
 ATTRIBUTES = ("colour", "shape", "size", "background", "direction")
+VALUES: dict[str, tuple[str, ...]] = {
+    "colour": tuple(COLOURS),
+    "shape": SHAPES,
+    "size": tuple(SIZES),
+    "background": tuple(BACKGROUNDS),
+    "direction": tuple(DIRECTIONS),
+}
 _VISIBLE = 0.12  # distance in RGB from the background below which nothing is there
-_STILL = 0.5 * 0.32  # half the shortest travel of a moving object
+_STILL = 0.5 * TRAVEL[0]  # half the shortest travel of a moving object
 _SIZE_EDGE = math.sqrt(SIZES["small"] * SIZES["large"])
 
 
@@ -125,7 +133,7 @@ def score_prompts(clips: Sequence[Tensor], prompts: Sequence[Prompt]) -> dict[st
     """
     votes: dict[str, list[float]] = {}
     for frames, prompt in zip(clips, prompts, strict=True):
-        for key, value in _clip_scores(frames, prompt).items():
+        for key, value in score_clip(frames, prompt).items():
             votes.setdefault(key, []).append(value)
     return {key: sum(values) / len(values) for key, values in votes.items()}
 
@@ -221,7 +229,10 @@ def real_scores(number: int = 256, seed: int = 1, num_frames: int = 16) -> dict[
     return score_prompts([clip.frames for clip in clips], [clip.prompt for clip in clips])
 
 
-def _clip_scores(frames: Tensor, prompt: Prompt) -> dict[str, float]:
+def score_clip(frames: Tensor, prompt: Prompt) -> dict[str, float]:
+    """Scores one clip (T, 3, H, W) in [0, 1]: 1 or 0 for every key of `score_prompts` that the
+    caption asks for, and "jerk".
+    """
     reading = read_clip(frames, len(prompt.objects))
     # readings come in no particular order; the assignment that agrees best is the one meant
     pairs = max(
@@ -394,3 +405,26 @@ def _direction(track: Tensor) -> str | None:
         (name for name in DIRECTIONS if name != "still"),
         key=lambda name: float(travel @ torch.tensor(DIRECTIONS[name])),
     )
+
+
+def value_of(truth: ClipTruth, attribute: str) -> str:
+    """One of `ATTRIBUTES` of a clip with one object."""
+    return truth.background if attribute == "background" else getattr(truth.objects[0], attribute)
+
+
+def with_attribute(truth: ClipTruth, attribute: str, value: str) -> ClipTruth:
+    """The truth of a clip of one object with another name for one of `ATTRIBUTES`: for captions, no
+    pixel follows."""
+    if attribute == "background":
+        return replace(truth, background=value)
+    change: dict[str, Any] = {attribute: value}
+    return replace(truth, objects=(replace(truth.objects[0], **change),))
+
+
+def full_caption(truth: ClipTruth) -> str:
+    """A caption that names every attribute."""
+    for wording in itertools.count():
+        prompt = caption(truth, random.Random(wording))
+        if prompt.background and all(item.size and item.direction for item in prompt.objects):
+            return prompt.text
+    raise AssertionError("captions name everything now and then")
