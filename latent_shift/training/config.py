@@ -19,6 +19,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
+from latent_shift.unet import ShiftConfig
+from latent_shift_kernels.spec import Boundary, SingleFrame
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -186,11 +189,57 @@ class ImageConfig:
 
 
 @dataclass(frozen=True)
-class VideoConfig:
+class TemporalConfig:
+    """What lets the frames of a clip meet.
+
+    Attributes:
+        temporal: "shift", "none" (frames that never meet), or "vdm" (Latent-VDM's layers).
+        preset: how the shift splits channels: "latent_shift" thirds, "tsm" one part in `fold_div`
+            each way, "causal" the same from the past only.
+        fold_div: 8 for TSM's eighths, 4 for quarters; 0 is the preset's own.
+        placement: where in the ResNet block, see `latent_shift_kernels.Placement`.
+        boundary, single_frame: see `latent_shift_kernels.ShiftSpec`.
+    """
+
+    temporal: Literal["shift", "none", "vdm"] = "shift"
+    preset: Literal["latent_shift", "tsm", "causal"] = "latent_shift"
+    fold_div: int = 0
+    placement: Literal["branch_output", "conv1_output", "conv1_input", "block_input"] = (
+        "branch_output"
+    )
+    boundary: Boundary = "zeros"
+    single_frame: SingleFrame = "identity"
+
+    def __post_init__(self) -> None:
+        if self.temporal != "shift":
+            own = {field.name: field.default for field in dataclasses.fields(TemporalConfig)}
+            for name in ("preset", "fold_div", "placement"):
+                if getattr(self, name) != own[name]:
+                    raise ValueError(
+                        f'{name} belongs to the shift, and temporal is "{self.temporal}": leave '
+                        "it out"
+                    )
+        self.shift()
+
+    def shift(self) -> ShiftConfig:
+        """Returns the shift of the U-Net."""
+        return ShiftConfig(
+            preset=self.preset if self.temporal == "shift" else "none",
+            fold_div=self.fold_div or None,
+            placement=self.placement,
+            boundary=self.boundary,
+            single_frame=self.single_frame,
+        )
+
+
+@dataclass(frozen=True)
+class VideoConfig(TemporalConfig):
     """The text-to-video stage: the image model with the shift in it, finetuned on clips.
 
     Attributes:
-        temporal: "shift", or "none" for the ablation without any temporal operation.
+        run: the stage's folder is `video-` and this, so that several can start from one image
+            model; `temporal` if empty.
+        seed: of this stage alone, where several differ in nothing else.
         batch: clips a step.
         coarse_share: share, at the first step, of batches that take every second frame of twice as
             many clips; falls linearly to none at the last step. Motion is learned sooner where it
@@ -201,7 +250,8 @@ class VideoConfig:
             noise hides in one.
     """
 
-    temporal: Literal["shift", "none"] = "shift"
+    run: str = ""
+    seed: int = 0
     steps: int = 10000
     batch: int = 4
     coarse_share: float = 0.0

@@ -6,14 +6,15 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from latent_shift.pipeline import LatentShiftPipeline
+from latent_shift.temporal import LatentVDMUNet
 from latent_shift.training.checkpoints import load_latest
 from latent_shift.training.config import Recipe
-from latent_shift.training.stages import make_scheduler, video_shift
-from latent_shift.unet import LatentShiftUNet
+from latent_shift.training.stages import make_scheduler, make_video_unet
+from latent_shift.unet import LatentShiftUNet, insert_shift
 
 
 def load_run(root: Path, part: str, recipe: Recipe) -> LatentShiftPipeline:
@@ -21,22 +22,25 @@ def load_run(root: Path, part: str, recipe: Recipe) -> LatentShiftPipeline:
 
     Args:
         root: the run's output folder.
-        part: whose U-Net to take: "image" (before any video), "video-shift" or "video-none". Of an
-            unfinished stage, the moving average in its newest checkpoint.
-        recipe: the run's recipe.
+        part: whose U-Net to take: "image" (before any video), "video-shift" or another of the
+            run's folders. Of an unfinished stage, the moving average in its newest checkpoint.
+        recipe: the recipe of that part.
 
     Raises:
         FileNotFoundError: that part has not begun, or the image stage is unfinished.
     """
-    folder = root / part
-    finished = (folder / "unet").exists()
-    source = folder if finished else root / "image"
-    if not (source / "unet").exists():
+    folder, image = root / part, root / "image" / "unet"
+    finished = part != "image" and (folder / "unet").exists()
+    if not finished and not image.exists():
         raise FileNotFoundError(f"{root} holds no finished image stage to start from")
-    shift = None if part == "image" else video_shift(recipe)
-    unet = LatentShiftUNet.from_pretrained(source / "unet", shift=shift)
+    if finished:
+        kind = LatentVDMUNet if recipe.video.temporal == "vdm" else LatentShiftUNet
+        unet = kind.from_pretrained(folder / "unet")
+    else:
+        source = UNet2DConditionModel.from_pretrained(image)
+        unet = insert_shift(source) if part == "image" else make_video_unet(source, recipe)
     text_encoder = CLIPTextModel.from_pretrained(root / "pipeline" / "text_encoder")
-    if not finished:
+    if not finished and part != "image":
         found = load_latest(folder / "checkpoints")
         if found is None:
             raise FileNotFoundError(f"{folder} holds neither a finished stage nor a checkpoint")

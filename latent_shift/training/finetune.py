@@ -477,7 +477,9 @@ class FinetuneStage:
             raise TrainingError('precision = "fp16" needs a GPU: take "bf16" or "fp32" on the CPU')
         pipeline.vae.to(device)
         pipeline.text_encoder.to(device)
-        pipeline.unet.to(device, memory_format=torch.channels_last)
+        pipeline.unet.to(device)
+        if not self.ranks.sharded:  # FSDP takes contiguous parameters alone
+            pipeline.unet.to(memory_format=torch.channels_last)
         if half is not None:
             if half == torch.bfloat16:  # float16 overflows in some autoencoders
                 pipeline.vae.to(half)

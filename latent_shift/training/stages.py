@@ -27,6 +27,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from latent_shift.data.moving_shapes import MovingShapes, Prompt, render, vocabulary
 from latent_shift.evaluation import moving_shapes as scorer
+from latent_shift.temporal import insert_temporal_layers
 from latent_shift.training.config import (
     ImageConfig,
     Recipe,
@@ -36,7 +37,7 @@ from latent_shift.training.config import (
 )
 from latent_shift.training.stopwatch import Stopwatch
 from latent_shift.training.trainer import Clock, Interrupted, Ranks, Stage, derive_seed
-from latent_shift.unet import LatentShiftUNet, ShiftConfig, insert_shift, remove_shift
+from latent_shift.unet import LatentShiftUNet, insert_shift, remove_shift
 
 _CHUNK = 125  # clips in one file of cached latents
 
@@ -57,8 +58,9 @@ class Workspace:
         self.ranks = Ranks(self.device)
 
     def directory_of(self, stage: str) -> str:
-        """Returns a stage's folder name; the two arms of the ablation have one each."""
-        return f"video-{self.recipe.video.temporal}" if stage == "video" else stage
+        """Returns a stage's folder name; several video stages may start from one image stage."""
+        video = self.recipe.video
+        return f"video-{video.run or video.temporal}" if stage == "video" else stage
 
     def autocast(self) -> torch.autocast:
         enabled = self.recipe.precision == "bf16"
@@ -72,6 +74,11 @@ class SmallStage:
     workspace: Workspace
     own_batches = False
     everywhere = False
+
+    @property
+    def seed(self) -> int:
+        """What everything random in the stage is a function of."""
+        return self.workspace.recipe.seed
 
     @cached_property
     def watch(self) -> Stopwatch:
@@ -552,6 +559,12 @@ class DiffusionStage(CaptionedLatents):
                 )
         return clips
 
+    def image_scores(self) -> dict[str, float]:
+        """Scores of single frames."""
+        number = self.recipe.sampling.prompts
+        prompts = scorer.held_out_prompts(number, seed=2, split="all", image=True)
+        return scorer.score_prompts(self.sample(prompts, 1, seed=2), prompts)
+
     def _captions(
         self, chosen: list[int], step: int, image: bool, generator: torch.Generator, backwards=None
     ):
@@ -612,10 +625,7 @@ class ImageStage(DiffusionStage):
         return self.velocity_loss(clean, captions, generator)
 
     def evaluate(self, step: int) -> dict[str, float]:
-        prompts = scorer.held_out_prompts(
-            self.recipe.sampling.prompts, seed=2, split="all", image=True
-        )
-        return scorer.score_prompts(self.sample(prompts, 1, seed=2), prompts)
+        return self.image_scores()
 
     def gated(self, scores: dict[str, float]) -> dict[str, float]:
         return {key: scores[key] for key in ("colour", "shape") if key in scores}
@@ -643,7 +653,7 @@ class VideoStage(DiffusionStage):
         )
         folder = workspace.root / "image"
         image_unet = UNet2DConditionModel.from_pretrained(folder / "unet")
-        self.unet = insert_shift(image_unet, video_shift(recipe))
+        self.unet = make_video_unet(image_unet, recipe)
         self.unet.to(workspace.device, memory_format=torch.channels_last)
 
     def loss(self, step: int, generator: torch.Generator) -> Tensor:
@@ -666,12 +676,18 @@ class VideoStage(DiffusionStage):
         captions = self._captions(chosen.tolist(), step, False, generator, backwards.tolist())
         return self.velocity_loss(clean, captions, generator)
 
+    @property
+    def seed(self) -> int:
+        seed = self.config.seed
+        return derive_seed(self.recipe.seed, "video", seed) if seed else self.recipe.seed
+
     def evaluate(self, step: int) -> dict[str, float]:
-        number = self.recipe.sampling.prompts
+        """Scores of clips, and under "image/" those of single frames: finetuning may cost them."""
+        number, frames = self.recipe.sampling.prompts, self.recipe.data.num_frames
         prompts = scorer.held_out_prompts(number, seed=3)
-        return scorer.score_prompts(
-            self.sample(prompts, self.recipe.data.num_frames, seed=3), prompts
-        )
+        scores = scorer.score_prompts(self.sample(prompts, frames, seed=3), prompts)
+        pictures = self.image_scores()
+        return scores | {f"image/{key}": value for key, value in pictures.items()}
 
     def gated(self, scores: dict[str, float]) -> dict[str, float]:
         return {key: scores[key] for key in ("colour", "direction") if key in scores}
@@ -762,9 +778,13 @@ def make_unet(recipe: Recipe) -> UNet2DConditionModel:
     )
 
 
-def video_shift(recipe: Recipe) -> ShiftConfig:
-    """Returns what the video stage puts into the image U-Net."""
-    return ShiftConfig(preset="latent_shift" if recipe.video.temporal == "shift" else "none")
+def make_video_unet(unet: UNet2DConditionModel, recipe: Recipe) -> LatentShiftUNet:
+    """Puts into an image U-Net what lets its frames meet, in place."""
+    video = recipe.video
+    if video.temporal == "vdm":
+        torch.manual_seed(derive_seed(recipe.seed, "video", video.seed, "initial weights"))
+        return insert_temporal_layers(unet)
+    return insert_shift(unet, video.shift())
 
 
 STAGES: dict[str, Callable[[Workspace], Stage]] = {

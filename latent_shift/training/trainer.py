@@ -306,8 +306,7 @@ class Loop:
         optimizer = make_optimizer(stage.optimizer, stage.parameter_groups())
         self.model, self.optimizer = self.accelerator.prepare(_Objective(stage), optimizer)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        decay = stage.optimizer.ema_decay
-        self.average = EMAModel(self.parameters, decay=decay, foreach=True) if decay else None
+        self.average = self._new_average() if stage.optimizer.ema_decay else None
         self.norm: Tensor = torch.zeros(())
         self._train()
 
@@ -452,9 +451,7 @@ class Loop:
                     optim_state_dict=state["optimizer"],
                     options=options,
                 )
-                self.average = EMAModel(
-                    self.parameters, decay=self.stage.optimizer.ema_decay, foreach=True
-                )
+                self.average = self._new_average()
                 self.average.optimization_step = state["average step"]
             set_state_dict(
                 self.model,
@@ -472,6 +469,11 @@ class Loop:
         if self.average is not None:
             self.average.load_state_dict(state["average"])
             self.average.to(device=self.parameters[0].device)
+
+    def _new_average(self) -> EMAModel:
+        # shards have no copy of many tensors at once
+        foreach = not self.ranks.sharded
+        return EMAModel(self.parameters, decay=self.stage.optimizer.ema_decay, foreach=foreach)
 
     def _train(self) -> None:
         for module in self.stage.modules().values():
@@ -703,9 +705,6 @@ def _train_stages(
     if ranks.first:
         (root / "recipe.json").write_text(json.dumps(to_dict(settings), indent=2))
     results = Results(root / "scores.json")
-    config = LoopConfig(
-        seed=settings.seed, keep=settings.keep, evaluate_every=settings.evaluate_every
-    )
     try:
         with _signals(clock):
             for name, build in STAGES.items():
@@ -715,10 +714,13 @@ def _train_stages(
                 directory.mkdir(parents=True, exist_ok=True)
                 torch.manual_seed(derive_seed(settings.seed, name, "initial weights"))
                 stage = build(workspace)
+                config = LoopConfig(
+                    seed=stage.seed, keep=settings.keep, evaluate_every=settings.evaluate_every
+                )
                 run_stage(stage, config, directory, clock, results, ranks, resume_from)
                 resume_from = "latest"
                 if ranks.first:
-                    if name == "video" and settings.video.temporal == "shift":
+                    if directory.name == "video-shift":
                         export(load_run(root, directory.name, settings), root / "model")
                     (directory / "done").touch()
                 ranks.wait()

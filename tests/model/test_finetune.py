@@ -18,6 +18,7 @@ from typing import get_type_hints
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import save_file
 
 from latent_shift import LatentShiftPipeline
 from latent_shift.data.cache import build_cache
@@ -36,7 +37,8 @@ from latent_shift.training import (
     trainer,
 )
 from latent_shift.training.dry_run import dry_run
-from latent_shift.training.finetune import FinetuneStage, make_ranks, run
+from latent_shift.training.finetune import FinetuneStage, load_model, make_ranks, run
+from latent_shift.training.finetune_config import ModelConfig
 from latent_shift.training.validation import motion, say_collapse
 from latent_shift.video import write_clip
 from tests.model import tiny
@@ -518,12 +520,118 @@ def _stop_after_one(step, clock):
     return stopping
 
 
-def test_latent_vdm_starts_as_the_image_model_and_is_saved(recipe, tmp_path):
+def test_latent_vdm_starts_as_the_image_model_and_is_saved(recipe, model, tmp_path):
     overrides = ["model.temporal=vdm", "train.steps=2", "train.accumulate=1", "data.batch=1"]
+    fresh = stage_of(recipe, *overrides).pipeline.unet.eval()
+    image = StableDiffusionPipeline.from_pretrained(model, safety_checker=None).unet
+    noisy, times, text = torch.randn(2, 4, 8, 8), torch.tensor([7]), torch.randn(1, 16, 32)
+    with torch.no_grad():
+        frames = fresh(noisy, times, text, num_frames=2, added_cond_kwargs={}).sample
+        assert torch.allclose(frames, image(noisy, times, text.expand(2, -1, -1)).sample, atol=1e-5)
     assert train(recipe, overrides, output_dir=tmp_path)
-    unet = LatentVDMUNet.from_pretrained(tmp_path / "model" / "unet")
-    names = [name for name, _ in unet.named_parameters() if ".temporal." in name]
+    pipe = LatentShiftPipeline.from_pretrained(tmp_path / "model")
+    assert isinstance(pipe.unet, LatentVDMUNet)
+    names = [name for name, _ in pipe.unet.named_parameters() if ".temporal." in name]
     assert names and set(names) < set(newest(tmp_path)[1]["modules"]["unet"])
+    # and is gone on from, as what it is
+    again = stage_of(recipe, f"model.source={tmp_path / 'model'}", *overrides)
+    name = names[0]
+    assert torch.equal(again.pipeline.unet.get_parameter(name), pipe.unet.get_parameter(name))
+    with pytest.raises(TrainingError, match="holds Latent-VDM layers"):
+        stage_of(recipe, f"model.source={tmp_path / 'model'}")
+
+
+def save_single_file(pipe: StableDiffusionPipeline, path: Path) -> None:
+    """Writes a pipeline of `tiny` as one file, under the names of the first Stable Diffusion."""
+    resnet = {"norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0",
+              "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1",
+              "conv_shortcut": "skip_connection"}  # fmt: skip
+    unet = {
+        "time_embedding.linear_1.": "time_embed.0.",
+        "time_embedding.linear_2.": "time_embed.2.",
+        "conv_in.": "input_blocks.0.0.",
+        "down_blocks.0.attentions.0.": "input_blocks.1.1.",
+        "down_blocks.0.downsamplers.0.conv.": "input_blocks.2.0.op.",
+        "mid_block.attentions.0.": "middle_block.1.",
+        "up_blocks.0.upsamplers.0.conv.": "output_blocks.1.1.conv.",
+        "up_blocks.1.attentions.0.": "output_blocks.2.1.",
+        "up_blocks.1.attentions.1.": "output_blocks.3.1.",
+        "conv_norm_out.": "out.0.",
+        "conv_out.": "out.2.",
+    }
+    for ours, theirs in {
+        "down_blocks.0.resnets.0": "input_blocks.1.0",
+        "down_blocks.1.resnets.0": "input_blocks.3.0",
+        "mid_block.resnets.0": "middle_block.0",
+        "mid_block.resnets.1": "middle_block.2",
+        "up_blocks.0.resnets.0": "output_blocks.0.0",
+        "up_blocks.0.resnets.1": "output_blocks.1.0",
+        "up_blocks.1.resnets.0": "output_blocks.2.0",
+        "up_blocks.1.resnets.1": "output_blocks.3.0",
+    }.items():
+        unet |= {f"{ours}.{a}.": f"{theirs}.{b}." for a, b in resnet.items()}
+    vae = {
+        "down_blocks.0.downsamplers.0.": "down.0.downsample.",
+        "down_blocks.": "down.",
+        "up_blocks.0.upsamplers.0.": "up.1.upsample.",
+        "up_blocks.0.": "up.1.",
+        "up_blocks.1.": "up.0.",
+        "mid_block.resnets.0.": "mid.block_1.",
+        "mid_block.resnets.1.": "mid.block_2.",
+        "mid_block.attentions.0.group_norm.": "mid.attn_1.norm.",
+        "mid_block.attentions.0.to_out.0.": "mid.attn_1.proj_out.",
+        "mid_block.attentions.0.to_": "mid.attn_1.",
+        "resnets.": "block.",
+        "conv_shortcut.": "nin_shortcut.",
+        "conv_norm_out.": "norm_out.",
+    }
+    state = {}
+    for names, module, begin in (
+        (unet, pipe.unet, "model.diffusion_model."),
+        (vae, pipe.vae, "first_stage_model."),
+        ({}, pipe.text_encoder, "cond_stage_model.transformer."),
+    ):
+        for name, value in module.state_dict().items():
+            new = name
+            for ours, theirs in names.items():
+                if names is vae or new.startswith(ours):
+                    new = new.replace(ours, theirs)
+            if begin.startswith("cond") and not new.startswith("text_model."):
+                new = f"text_model.{new}"
+            state[begin + new] = value.contiguous()
+    save_file(state, path)
+
+
+def test_a_single_file_is_the_model_that_its_folder_is(model, tmp_path):
+    path = tmp_path / "one.safetensors"
+    pipe = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
+    save_single_file(pipe, path)
+    loaded = load_model(ModelConfig(source=str(path), layout=str(model), preset="tsm", fold_div=4))
+    for name in ("unet", "vae", "text_encoder"):
+        assert same(getattr(loaded, name).state_dict(), getattr(pipe, name).state_dict()), name
+    assert (loaded.unet.shift_config.preset, loaded.unet.shift_config.fold_div) == ("tsm", 4)
+
+
+def test_a_video_model_is_gone_on_from_with_the_shift_that_is_asked_for(finished, recipe):
+    stage = stage_of(recipe, f"model.source={finished / 'model'}", "model.boundary=circular")
+    assert stage.pipeline.unet.shift_config.boundary == "circular"
+    still = stage_of(recipe, f"model.source={finished / 'model'}", "model.temporal=none")
+    assert still.pipeline.unet.shift_config.preset == "none"
+
+
+def test_tensorboard_gets_losses_and_scores(recipe, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    short = ["train.steps=1", "optimizer.warmup=0", "train.accumulate=1", "data.image_every=0"]
+    assert train(recipe, [*short, "trackers=['tensorboard']"], output_dir=tmp_path)
+    tags = {
+        value.tag
+        for path in (tmp_path / "logs").rglob("events.*")
+        for event in EventFileLoader(str(path)).Load()
+        for value in event.summary.value
+    }
+    assert {"loss", "gradient norm", "learning rate", "validation/difference"} <= tags
 
 
 def test_half_precision_checkpointing_and_a_source_of_ones_own(recipe):
