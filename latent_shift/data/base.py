@@ -87,6 +87,16 @@ class Clip:
 
 
 @dataclass(frozen=True)
+class Facts:
+    """What a clip is before anything is taken from it; `fps` is 0 for a still image."""
+
+    frames: int
+    fps: float
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
 class Row:
     """One clip as training takes it: pixels, or what a cache holds instead; shapes as in `Batch`
     without the first dimension.
@@ -118,6 +128,18 @@ class ClipSource:
         raise NotImplementedError
 
     def name(self, index: int) -> str:
+        raise NotImplementedError
+
+    def caption(self, index: int) -> str:
+        """Raises `ClipError` if there is none."""
+        raise NotImplementedError
+
+    def facts(self, index: int, thorough: bool = False) -> Facts:
+        """Looks at a clip without taking frames from it; `thorough` decodes all of it.
+
+        Raises:
+            ClipError: the clip is unreadable.
+        """
         raise NotImplementedError
 
     def digest(self, index: int) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import threading
 import weakref
@@ -86,7 +85,7 @@ class Batches:
         self.skipped: Counter[str] = Counter()
         self._told: set[int] = set()
         self._lock = threading.Lock()
-        self._order = functools.lru_cache(2)(self._shuffled)
+        self._orders: dict[int, Tensor] = {}
         self._pending: dict[int, list[Future[Row]]] = {}
         self._pool: ThreadPoolExecutor | None = None
         if workers:
@@ -126,8 +125,14 @@ class Batches:
         first = (step * self.world + self.rank) * self.batch_size
         return range(first, first + self.batch_size)
 
-    def _shuffled(self, epoch: int) -> Tensor:
-        return torch.randperm(len(self.source), generator=seeded(self.seed, "order", epoch))
+    def _order(self, epoch: int) -> Tensor:
+        with self._lock:
+            if epoch not in self._orders:
+                generator = seeded(self.seed, "order", epoch)
+                # no reader ahead is further away than the next epoch
+                self._orders = {e: order for e, order in self._orders.items() if e == epoch - 1}
+                self._orders[epoch] = torch.randperm(len(self.source), generator=generator)
+            return self._orders[epoch]
 
     def _row(self, place: int) -> Row:
         epoch, first = divmod(place, len(self.source))

@@ -56,13 +56,20 @@ class CacheError(RuntimeError):
 
 @dataclass
 class CacheReport:
-    """What one process did: shards written and found done, and clips of the former."""
+    """What one process did: shards written and found done, and what is in either.
+
+    `cut_captions` are those of the shards written that are too long for the text encoder.
+    """
 
     written: int = 0
     found: int = 0
     clips: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
     cut_captions: int = 0
+
+    def add(self, content: dict[str, Any]) -> None:
+        self.clips += len(content["rows"])
+        self.skipped.update(reason for _, reason, _ in content["skipped"])
 
 
 def build_cache(
@@ -144,18 +151,26 @@ def build_cache(
         if shard % world != rank:
             continue
         path = _shard_path(folder, shard)
-        if _is_done(path, now):
+        if (content := _done(path, now)) is not None:
             report.found += 1
+            report.add(content)
             if progress:
                 progress(len(indices))
             continue
         for stale in folder.glob(f".{path.name}.*"):  # of a process that was killed
             stale.unlink(missing_ok=True)
         tensors, content = encode(indices, report, progress)
+        report.add(content)
         header = {"content": json.dumps({**content, "fingerprint": now})}
         _put(path, partial(save_file, tensors, metadata=header))
         report.written += 1
     return report
+
+
+def share(clips: int, shard_clips: int, rank: int, world: int) -> int:
+    """Clips of a source of `clips` that `build_cache` gives to `rank`."""
+    shards = _shards({"clips": clips, "shard_clips": shard_clips})
+    return sum(len(indices) for shard, indices in shards if shard % world == rank)
 
 
 def open_cache(
@@ -219,7 +234,9 @@ class LatentCache(ClipSource):
                 f"{folder} is incomplete: {len(missing)} of {len(shards) + 1} files are missing, "
                 f"{missing[0].name} first; run `latent-shift data cache` again to go on"
             )
-        self.null_text = _load(folder / _NULL, lambda file: file.get_tensor("text").float())
+        self.null_text: Tensor = _load(
+            folder / _NULL, lambda file: file.get_tensor("text").to(torch.float32, copy=True)
+        )
         for path in shards:
             content = _content(path)
             if content["fingerprint"] != self.fingerprint:
@@ -234,6 +251,9 @@ class LatentCache(ClipSource):
     def name(self, index: int) -> str:
         return self._rows[index][2]
 
+    def caption(self, index: int) -> str:
+        return self._rows[index][3]
+
     def digest(self, index: int) -> bytes:
         return json.dumps([self.fingerprint, index]).encode()
 
@@ -247,11 +267,13 @@ class LatentCache(ClipSource):
     def row(self, index: int, form: ClipFormat, generator: torch.Generator) -> Row:
         path, row, _, caption = self._rows[index]
         file = self._open(path)
+        # the file's memory is shared by all who read it: nothing here may work in place
         latents = file.get_slice("mean")[row].float()
         if self.fingerprint["posterior"] == "sample":
             noise = torch.randn(latents.shape, generator=generator)
-            latents += file.get_slice("std")[row].float() * noise
-        return Row(caption, latents=latents * self._scale, text=file.get_slice("text")[row].float())
+            latents = latents + file.get_slice("std")[row].float() * noise
+        text = file.get_slice("text")[row].to(torch.float32, copy=True)
+        return Row(caption, latents=latents * self._scale, text=text)
 
     def _open(self, path: Path) -> Any:
         """The shard, kept open by every thread for itself."""
@@ -296,11 +318,9 @@ class _Encoder:
         for index, found in zip(indices, self._read(indices), strict=True):
             if isinstance(found, ClipError):
                 skipped.append((found.name, found.reason, found.detail))
-                report.skipped[found.reason] += 1
                 _log.warning("skipped %s", found)
             else:
                 name = self._source.name(index)
-                report.clips += 1
                 if is_cut(self._tokenizer, found.caption):
                     report.cut_captions += 1
                     _log.warning("%s: only the beginning of its caption fits", name)
@@ -419,12 +439,14 @@ def _content(path: Path) -> dict[str, Any]:
     return _load(path, lambda file: json.loads(file.metadata()["content"]))
 
 
-def _is_done(path: Path, now: dict[str, Any]) -> bool:
+def _done(path: Path, now: dict[str, Any]) -> dict[str, Any] | None:
+    """What a shard holds if it is there and whole."""
     if not path.exists():
-        return False
+        return None
     with contextlib.suppress(CacheError):
-        return _content(path)["fingerprint"] == now
-    return False
+        content = _content(path)
+        return content if content["fingerprint"] == now else None
+    return None
 
 
 def _put(path: Path, write: Callable[[Path], object]) -> None:

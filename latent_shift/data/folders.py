@@ -30,7 +30,12 @@ def folder_source(
     items: list[Item] = []
     texts: set[Path] = set()
     used: set[Path] = set()
+    walked: set[str] = set()
     for folder, subfolders, names in os.walk(root, followlinks=True):
+        if (real := os.path.realpath(folder)) in walked:  # links can lead back
+            subfolders.clear()
+            continue
+        walked.add(real)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         files = sorted(Path(folder, name) for name in names if not name.startswith("."))
         texts.update(file for file in files if file.suffix.lower() == CAPTION)

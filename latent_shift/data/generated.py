@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from . import decode
-from .base import Clip, ClipError, ClipFormat, ClipSource
+from .base import Clip, ClipError, ClipFormat, ClipSource, Facts
 from .moving_shapes import MovingShapes, render
 from .sampling import Timeline, choose_frames, draw, rate
 
@@ -59,6 +59,13 @@ class ShapesSource(ClipSource):
 
     def name(self, index: int) -> str:
         return f"shapes {self._shapes.seed}/{index}"
+
+    def caption(self, index: int) -> str:
+        return self._shapes.prompt(index).text
+
+    def facts(self, index: int, thorough: bool = False) -> Facts:
+        frames = self._shapes.num_frames
+        return Facts(frames, self._timeline.fps, self._shapes.size, self._shapes.size)
 
     def digest(self, index: int) -> bytes:
         return hashlib.sha256(f"{self.where}/{index}".encode()).digest()

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 
 from . import decode
-from .base import Clip, ClipError, ClipFormat, ClipSource, Reason
+from .base import Clip, ClipError, ClipFormat, ClipSource, Facts, Reason
 
 # Bytes at either end of a file that identify it together with its size: a container's own tables
 # of contents stand there, and change with everything between.
@@ -31,7 +31,8 @@ class File:
     def open(self) -> str | io.BytesIO:
         """What PyAV and Pillow open."""
         if self.size is None:
-            return str(self.path)
+            # FFmpeg takes what stands before a colon in a relative name for a protocol
+            return os.path.abspath(self.path)
         return io.BytesIO(self.content())
 
     def content(self) -> bytes:
@@ -90,7 +91,7 @@ class Media:
             return decode.read_video(self.files[0].open, name, form, generator)
         return decode.read_images([f.open for f in self.files], name, form, generator, self.fps)
 
-    def probe(self, name: str, thorough: bool) -> decode.Facts:
+    def probe(self, name: str, thorough: bool) -> Facts:
         if self.kind == "video":
             return decode.probe_video(self.files[0].open, name, thorough)
         return decode.probe_images([f.open for f in self.files], name, self.fps, thorough)
@@ -168,6 +169,13 @@ class ItemSource(ClipSource):
 
     def name(self, index: int) -> str:
         return self.item(index).name
+
+    def caption(self, index: int) -> str:
+        return self.item(index).text()
+
+    def facts(self, index: int, thorough: bool = False) -> Facts:
+        item = self.item(index)
+        return item.found().probe(item.name, thorough)
 
     def digest(self, index: int) -> bytes:
         return self.item(index).digest()

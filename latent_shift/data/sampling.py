@@ -52,9 +52,14 @@ class Timeline:
         count = len(self.times)
         if fps is None or self.duration <= 0:
             return np.arange(count)
-        ticks = np.arange(max(1, math.floor(self.duration * fps + 0.5))) / fps
+        ticks = np.arange(length(self.duration, fps)) / fps
         middles = (self.times[1:] + self.times[:-1]) / 2
         return np.searchsorted(middles, ticks, side="left")
+
+
+def length(duration: float, fps: float) -> int:
+    """Frames of a video of `duration` seconds at `fps`."""
+    return max(1, math.floor(duration * fps + 0.5))
 
 
 def choose_frames(timeline: Timeline, form: ClipFormat, chance: Draws) -> np.ndarray | None:

@@ -90,7 +90,7 @@ def open_source(
     )
     if source.unmatched:
         _log.warning(
-            "%s: %d captions belong to no clip, such as %s",
+            "%s: captions that belong to no clip: %d, such as %s",
             name,
             len(source.unmatched),
             source.unmatched[0],

@@ -69,9 +69,9 @@ def column(
             if name in columns:
                 return name
     near = difflib.get_close_matches(wanted, columns, 1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = f"; did you mean {near[0]!r}?" if near else "."
     raise ValueError(
-        f"{where} has no column {wanted!r} but {', '.join(map(repr, columns))}{hint} "
+        f"{where} has no column {wanted!r}, only {', '.join(map(repr, columns))}{hint} "
         f"Say which it is with {option}."
     )
 

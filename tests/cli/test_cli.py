@@ -318,16 +318,16 @@ def test_version_and_no_arguments(capsys):
     assert "Usage" in capsys.readouterr().out
 
 
-def test_data_sample_and_inspect(here, capsys):
-    assert main(["data", "sample", "-o", "d/s", "--number", "2", "--frames", "4"]) == 0
+def test_generated_clips_and_their_truth(here, capsys):
+    assert main(["data", "shapes", "sample", "-o", "d/s", "--number", "2", "--frames", "4"]) == 0
     out = capsys.readouterr().out
     assert sorted(path.name for path in Path("d").iterdir()) == ["s-00.gif", "s-01.gif", "s.png"]
     assert Image.open("d/s.png").size[0] >= 4 * 64
-    assert main(["data", "inspect", "1"]) == 0
+    assert main(["data", "shapes", "truth", "1"]) == 0
     content = json.loads(capsys.readouterr().out)
     assert content["captions"][0] in out and len(content["truth"]["objects"]) == 1
-    assert fails(capsys, "data", "sample", "-o", "a.gif")[0] == 2
-    assert fails(capsys, "data", "inspect", "--split", "test")[0] == 2
+    assert fails(capsys, "data", "shapes", "sample", "-o", "a.gif")[0] == 2
+    assert fails(capsys, "data", "shapes", "truth", "--split", "test")[0] == 2
 
 
 def test_evaluate_prints_and_stores_scores(model, here, capsys):
