@@ -229,7 +229,8 @@ class FinetuneStage:
         images: ClipSource | None = None,
     ) -> None:
         self.config, self.ranks, self.folder = config, ranks, folder
-        self.steps, self.optimizer = config.train.steps, config.optimizer
+        self.seed, self.steps = config.seed, config.train.steps
+        self.optimizer = config.optimizer
         self.watch = Stopwatch(ranks.device)
         if pipeline is None:
             self.pipeline = load_model(config.model)
@@ -241,6 +242,10 @@ class FinetuneStage:
         self.prediction = self.scheduler.config.prediction_type
         self._empty: Tensor | None = None
         self._measure: tuple[list[str], dict[str, float]] | None = None
+
+    @property
+    def seed(self) -> int:
+        return self.config.seed
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         groups: list[dict[str, Any]] = [{"params": _trained(self.pipeline.unet)}]

@@ -66,6 +66,10 @@ class Stage(Protocol):
     everywhere: bool
 
     @property
+    def seed(self) -> int:
+        """What everything random in the stage is a function of."""
+
+    @property
     def optimizer(self) -> OptimizerConfig:
         """The optimizer's settings."""
 
