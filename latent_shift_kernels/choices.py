@@ -46,8 +46,9 @@ def key(
 
 def folder() -> Path:
     """Where this machine's choices are."""
-    cache_home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache_home) if cache_home else Path.home() / ".cache") / "latent-shift"
+    # Where a user has no home this is no folder, and nothing is found in it.
+    cache_home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(cache_home) / "latent-shift"
 
 
 def identity(device: torch.device) -> dict[str, str]:
