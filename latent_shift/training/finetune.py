@@ -229,8 +229,7 @@ class FinetuneStage:
         images: ClipSource | None = None,
     ) -> None:
         self.config, self.ranks, self.folder = config, ranks, folder
-        self.seed, self.steps = config.seed, config.train.steps
-        self.optimizer = config.optimizer
+        self.steps, self.optimizer = config.train.steps, config.optimizer
         self.watch = Stopwatch(ranks.device)
         if pipeline is None:
             self.pipeline = load_model(config.model)
