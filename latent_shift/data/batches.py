@@ -144,10 +144,10 @@ class Batches:
             except ClipError as error:
                 self._skip(index, error)
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.skipped.most_common())
-        raise RuntimeError(
-            f"none of the {len(order)} clips of {self.source.where!r} can be used: {reasons}. "
-            f"See `latent-shift data inspect`."
-        )
+        message = f"none of the {len(order)} clips of {self.source.where!r} can be used: {reasons}"
+        if lonely := self.source.unmatched:
+            message += f"; captions that belong to no clip: {len(lonely)}, such as {lonely[0]}"
+        raise RuntimeError(f"{message}; `latent-shift data inspect` tells more")
 
     def _skip(self, index: int, error: ClipError) -> None:
         with self._lock:

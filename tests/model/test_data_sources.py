@@ -353,7 +353,8 @@ def test_captions_that_belong_to_no_clip_are_told(tmp_path, caplog):
     source = open_source(tmp_path)
     assert "captions that belong to no clip: 3, such as caption0.txt" in caplog.text
     assert inspect(source).unmatched == ["caption0.txt", "caption1.txt", "caption2.txt"]
-    with pytest.raises(RuntimeError, match="none of the 3 clips .*can be used: 3 no caption"):
+    words = "none of the 3 clips .*can be used: 3 no caption; captions .*: 3, such as caption0.txt"
+    with pytest.raises(RuntimeError, match=words):
         Batches(source, WHOLE, batch_size=1, seed=0)[0]
 
 
