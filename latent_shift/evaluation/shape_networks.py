@@ -194,7 +194,7 @@ def save(network: ShapeClassifier | ShapeTwoTower, path: Path, report: dict[str,
 def load(path: str | os.PathLike[str]) -> ShapeClassifier | ShapeTwoTower:
     """Loads either network as `save` stored it, in float32 and for evaluation."""
     with safe_open(path, "pt") as file:
-        words = json.loads(file.metadata()["words"])
+        words = json.loads((file.metadata() or {})["words"])
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
     network = ShapeTwoTower(words) if words else ShapeClassifier()
     network.load_state_dict(state)
@@ -455,12 +455,12 @@ def train(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         classifier, two_tower = ShapeClassifier(), ShapeTwoTower(vocabulary())
+        frames = _Frames(classifier.trunk)
     done = output / "classifier.safetensors"
     if done.exists():
         loaded = load(done)
         classifier.load_state_dict(loaded.state_dict())
     else:
-        frames = _Frames(classifier.trunk)
         options = {"name": "frames", "steps": frames_steps, "rate": 4e-3}
         if not _fit(frames, frames_loss, **options, **{**common, "batch": 2 * batch}):
             return False
