@@ -8,7 +8,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test lint format bench reproduce clean
 
 help:  ## list the tasks
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,10 @@ format: $(VENV)/.tests-installed  ## rewrite the sources in the house format
 
 bench: $(VENV)/.tests-installed  ## the operators against torch.roll on this machine
 	$(BIN)/python benchmarks/bench_shift.py
+
+reproduce: $(VENV)/.tests-installed  ## every way to make clips, trained from one image model (hours; resumes)
+	$(BIN)/python -m latent_shift.training.reproduce --output runs/reproduce
+	$(BIN)/python -m latent_shift.training.reproduce --output runs/reproduce --report out/reproduction
 
 clean:  ## remove everything that make built
 	rm -rf $(VENV) build dist out *.egg-info latent_shift_kernels/*.so latent_shift_kernels/_build.json

@@ -114,7 +114,7 @@ def _state(unet: nn.Module) -> Hashable:
 
 
 def _kind(module: Any) -> Hashable:
-    kind: tuple[Hashable, ...] = (
+    kind = (
         type(module),
         type(getattr(module, "processor", None)),
         getattr(module, "spec", None),  # of the shift
@@ -122,5 +122,5 @@ def _kind(module: Any) -> Hashable:
     )
     if isinstance(scaling := getattr(module, "scaling", None), dict):  # a layer of peft's
         active = tuple(module.active_adapters), module.disable_adapters, module.merged
-        kind += (*active, tuple(sorted(scaling.items())))
+        return (*kind, *active, tuple(sorted(scaling.items())))
     return kind

@@ -1,0 +1,79 @@
+"""The reproduction: every arm from one image model, resumed, measured and reported."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from latent_shift.temporal import LatentVDMUNet
+from latent_shift.training import reproduce
+from latent_shift.training.export import load_run
+
+from .test_training import TINY
+
+ARMS = tuple(arm for arm in reproduce.ARMS if arm.name in ("shift", "none", "vdm", "eighths"))
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    path = tmp_path_factory.mktemp("recipe") / "tiny.toml"
+    path.write_text(TINY.replace("[video]\nsteps = 6", "[video]\nsteps = 11"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def root(recipe, tmp_path_factory):
+    root = tmp_path_factory.mktemp("run")
+    assert not reproduce.reproduce(recipe, output_dir=root, max_seconds=0.0)
+    assert reproduce.reproduce(recipe, output_dir=root, arms=ARMS, seeds=(0, 1))
+    return root
+
+
+def test_every_arm_is_its_own(root, recipe):
+    unets = {
+        (arm.name, seed): load_run(
+            root, f"video-{arm.name}-{seed}", reproduce.recipe_of(arm, seed, recipe)
+        ).unet
+        for arm in ARMS
+        for seed in (0, 1)
+    }
+    assert isinstance(unets["vdm", 0], LatentVDMUNet)
+    assert unets["eighths", 0].shift_config.fold_div == 8
+    assert unets["none", 1].shift_config.preset == "none"
+    weights = [torch.cat([p.flatten() for p in unet.parameters()]) for unet in unets.values()]
+    plain = [w for w, name in zip(weights, unets, strict=True) if name[0] != "vdm"]
+    for index, one in enumerate(plain):
+        for other in plain[index + 1 :]:
+            assert not torch.equal(one, other)
+
+
+def test_the_report_holds_what_ran_and_names_what_did_not(root, tmp_path):
+    report = tmp_path / "report"
+    assert reproduce.main(["--output", str(root), "--report", str(report)]) == 0
+    text = report.with_suffix(".md").read_text()
+    found = reproduce.results(root)
+    assert set(found) == {arm.name for arm in ARMS}
+    assert all(len(rows) == 2 for rows in found.values())
+    for row in (row for rows in found.values() for row in rows):
+        assert row["seconds_per_step"] > 0 and row["seconds_per_clip"] > 0
+        assert 0.0 <= row["image/colour"] <= 1.0
+    assert found["vdm"][0]["parameters"] > found["shift"][0]["parameters"]
+    assert found["shift"][0]["parameters"] == found["none"][0]["parameters"]
+    rows = [line for line in text.splitlines() if line.startswith("| quarters")]
+    assert len(rows) == 4 and all("not run" in row for row in rows)
+    assert report.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_interval_is_students():
+    assert reproduce.interval([0.5]) == reproduce.interval([0.5, float("nan")]) == "0.5"
+    assert reproduce.interval([]) == "–"
+    # mean 2, standard deviation 1, t(2) = 4.303: 4.303 / sqrt(3)
+    assert reproduce.interval([1.0, 2.0, 3.0]) == "2 ± 2.5"
+
+
+def test_a_second_run_does_nothing(root, recipe, capsys):
+    before = json.loads((root / "scores.json").read_text())
+    assert reproduce.reproduce(recipe, output_dir=root, arms=ARMS, seeds=(0, 1))
+    assert json.loads((root / "scores.json").read_text()) == before
