@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from latent_shift.training.config import OptimizerConfig
-from latent_shift.unet import ShiftConfig
-from latent_shift_kernels.spec import Boundary, SingleFrame
+from latent_shift.training.config import OptimizerConfig, TemporalConfig
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(TemporalConfig):
     """The checkpoint to start from, and what lets its frames meet.
 
     Attributes:
@@ -19,12 +17,6 @@ class ModelConfig:
         layout: for a single file, the folder or hub name of a pipeline of the same layout; empty
             leaves it to diffusers, which asks the hub.
         revision, variant: of a folder or hub name, as diffusers' `from_pretrained`.
-        temporal: "shift", "none" (frames that never meet), or "vdm" (Latent-VDM's layers).
-        preset: how the shift splits channels: "latent_shift" thirds, "tsm" one part in `fold_div`
-            each way, "causal" the same from the past only.
-        fold_div: 8 for TSM's eighths, 4 for quarters; 0 is the preset's own.
-        placement: where in the ResNet block, see `latent_shift_kernels.Placement`.
-        boundary, single_frame: see `latent_shift_kernels.ShiftSpec`.
         prediction: "auto" is what the checkpoint's scheduler says.
         zero_terminal_snr: rescale the betas to end in pure noise; needs v-prediction.
     """
@@ -33,14 +25,6 @@ class ModelConfig:
     layout: str = ""
     revision: str = ""
     variant: str = ""
-    temporal: Literal["shift", "none", "vdm"] = "shift"
-    preset: Literal["latent_shift", "tsm", "causal"] = "latent_shift"
-    fold_div: int = 0
-    placement: Literal["branch_output", "conv1_output", "conv1_input", "block_input"] = (
-        "branch_output"
-    )
-    boundary: Boundary = "zeros"
-    single_frame: SingleFrame = "identity"
     prediction: Literal["auto", "epsilon", "v_prediction"] = "auto"
     zero_terminal_snr: bool = False
 
@@ -54,24 +38,7 @@ class ModelConfig:
                 "model.zero_terminal_snr ends in pure noise, of which a predicted noise tells "
                 'nothing: set model.prediction = "v_prediction", or zero_terminal_snr = false'
             )
-        if self.temporal != "shift":
-            own = {name: type(self).__dict__[name] for name in ("preset", "fold_div", "placement")}
-            if changed := [name for name, value in own.items() if getattr(self, name) != value]:
-                raise ValueError(
-                    f"model.{changed[0]} belongs to the shift, and model.temporal is "
-                    f'"{self.temporal}": leave it out'
-                )
-        self.shift()
-
-    def shift(self) -> ShiftConfig:
-        """Returns the shift of the U-Net."""
-        return ShiftConfig(
-            preset=self.preset if self.temporal == "shift" else "none",
-            fold_div=self.fold_div or None,
-            placement=self.placement,
-            boundary=self.boundary,
-            single_frame=self.single_frame,
-        )
+        super().__post_init__()
 
 
 @dataclass(frozen=True)
