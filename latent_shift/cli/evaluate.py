@@ -273,9 +273,10 @@ def _captions(source: ClipSource, number: int, seed: int) -> list[str]:
 def _place(device: str) -> str:
     """The device of this process, which may be one of several."""
     if _WORLD > 1 and device == "auto":
+        import torch
         from accelerate import PartialState
 
-        return str(PartialState().device)
+        return str(PartialState(cpu=not torch.cuda.is_available()).device)
     return str(place_of(device))
 
 

@@ -270,7 +270,9 @@ def measure(
         protocol["bootstrap"] = {"draws": draws, "level": estimators.LEVEL, "seed": seed}
 
         for name, function, samples in _statistics(metric, found, known):
-            ends = estimators.interval(function, *samples, resamples=draws, seed=seed)
+            ends = estimators.interval(
+                function, *samples, resamples=draws, seed=seed, percentile=function is _mean
+            )
             scores[name] = Score(function(*samples), ends, protocol)
     return scores
 
@@ -305,7 +307,8 @@ def _mean(values: Tensor) -> float:
 def _state() -> Any:
     from accelerate import PartialState
 
-    return PartialState()
+    # without a GPU it takes no notice of other processes unless it is told that there is none
+    return PartialState(cpu=not torch.cuda.is_available())
 
 
 def _count(found: dict[str, Tensor]) -> int:

@@ -95,18 +95,21 @@ def interval(
     *samples: Tensor,
     resamples: int,
     seed: int = 0,
+    percentile: bool = False,
 ) -> tuple[float, float] | None:
     """A bootstrap interval of 95% for what a score is on average over sets of this many clips.
 
-    Clips are drawn anew with replacement, all vectors of a clip together; the interval is the
-    score, give or take 1.96 standard deviations over the draws. A percentile interval would not do:
-    drawing with replacement makes a set look poorer than it is, which moves the Fréchet distance
-    and the kernel distance upwards in every draw.
+    Clips are drawn anew with replacement, all vectors of a clip together. The interval is the
+    score, give or take 1.96 standard deviations over the draws: drawing with replacement makes a
+    set look poorer than it is, which moves distances upwards in every draw, so that their
+    percentiles would not do.
 
     Args:
         score: takes what `samples` are.
         samples: sets of clips along the first dimension, drawn independently of each other.
         resamples: number of draws; 0 for no interval.
+        percentile: take the draws' percentiles after all, for means: they keep to the range of
+            what is averaged.
     """
     if resamples == 0 or min(map(len, samples)) < 2:
         return None
@@ -122,16 +125,20 @@ def interval(
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a score that no draw changes has no spread
-        spread = bootstrap(
+        draws = bootstrap(
             [np.arange(len(part)) for part in samples],
             drawn,
             n_resamples=resamples,
+            confidence_level=LEVEL,
             vectorized=False,
             method="percentile",
             rng=np.random.default_rng(seed),
-        ).standard_error
-    value = score(*samples)
-    return value - _Z * float(spread), value + _Z * float(spread)
+        )
+    if percentile:
+        low, high = draws.confidence_interval
+        return float(low), float(high)
+    value, spread = score(*samples), float(draws.standard_error)
+    return value - _Z * spread, value + _Z * spread
 
 
 class _Given(nn.Module):
