@@ -38,6 +38,7 @@ from latent_shift.data.moving_shapes import (
 )
 
 ATTRIBUTES = ("colour", "shape", "size", "background", "direction")
+OF_OBJECTS = ("colour", "shape", "size", "direction")
 VALUES: dict[str, tuple[str, ...]] = {
     "colour": tuple(COLOURS),
     "shape": SHAPES,
@@ -407,18 +408,45 @@ def _direction(track: Tensor) -> str | None:
     )
 
 
-def value_of(truth: ClipTruth, attribute: str) -> str:
-    """One of `ATTRIBUTES` of a clip with one object."""
-    return truth.background if attribute == "background" else getattr(truth.objects[0], attribute)
+def value_of(truth: ClipTruth, attribute: str, slot: int = 0) -> str:
+    """One of `ATTRIBUTES` of a clip: of its background, or of object `slot`."""
+    if attribute == "background":
+        return truth.background
+    return getattr(truth.objects[slot], attribute)
 
 
-def with_attribute(truth: ClipTruth, attribute: str, value: str) -> ClipTruth:
-    """The truth of a clip of one object with another name for one of `ATTRIBUTES`: for captions, no
-    pixel follows."""
+def with_attribute(truth: ClipTruth, attribute: str, value: str, slot: int = 0) -> ClipTruth:
+    """The truth of a clip with another name for an attribute of its background or of object `slot`:
+    for captions, no pixel follows."""
     if attribute == "background":
         return replace(truth, background=value)
     change: dict[str, Any] = {attribute: value}
-    return replace(truth, objects=(replace(truth.objects[0], **change),))
+    objects = list(truth.objects)
+    objects[slot] = replace(objects[slot], **change)
+    return replace(truth, objects=tuple(objects))
+
+
+def altered(truth: ClipTruth, rng: random.Random, attribute: str | None = None) -> ClipTruth:
+    """A clip's truth with one attribute changed: what its caption must not say."""
+    attribute = attribute or rng.choice(tuple(VALUES))
+    slot = rng.randrange(len(truth.objects))
+    now = value_of(truth, attribute, slot)
+    others = [value for value in VALUES[attribute] if value != now]
+    return with_attribute(truth, attribute, rng.choice(others), slot)
+
+
+def describes(prompt: Prompt, truth: ClipTruth) -> bool:
+    """Whether everything that a caption says is true of a clip."""
+    if prompt.background not in (None, truth.background):
+        return False
+    return len(prompt.objects) == len(truth.objects) and any(
+        all(
+            getattr(wanted, name) in (None, getattr(item, name))
+            for wanted, item in zip(prompt.objects, order, strict=True)
+            for name in OF_OBJECTS
+        )
+        for order in itertools.permutations(truth.objects)
+    )
 
 
 def full_caption(truth: ClipTruth) -> str:

@@ -14,14 +14,12 @@ The same command continues a run that was stopped.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import math
 import os
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,20 +32,16 @@ from torch import Tensor, nn
 from latent_shift.data.moving_shapes import (
     ClipTruth,
     MovingShapes,
-    ObjectPrompt,
-    ObjectTruth,
-    Prompt,
     caption,
     render,
     vocabulary,
 )
-from latent_shift.evaluation.moving_shapes import VALUES
+from latent_shift.evaluation.moving_shapes import OF_OBJECTS, VALUES, altered, describes
 
 SIZE = 64  # pixels a side that the networks see
 MIN_FRAMES = 4
 WIDTH = 64  # features of a clip, and the dimension of the common space
-_OF_OBJECTS = ("colour", "shape", "size", "direction")
-NAMES = {name: VALUES[name] for name in (*_OF_OBJECTS, "background")} | {"objects": ("one", "two")}
+NAMES = {name: VALUES[name] for name in (*OF_OBJECTS, "background")} | {"objects": ("one", "two")}
 _OF_FRAMES = ("colour", "shape", "size", "background")
 _POINTS = 8  # things in a frame whose way through the clip is followed
 _PAD, _UNKNOWN = 0, 1
@@ -207,35 +201,6 @@ def read_report(path: str | os.PathLike[str]) -> dict[str, Any]:
         return json.loads(file.metadata()["report"])
 
 
-def describes(prompt: Prompt, truth: ClipTruth) -> bool:
-    """Whether everything that a caption says is true of a clip."""
-    if prompt.background not in (None, truth.background):
-        return False
-    return len(prompt.objects) == len(truth.objects) and any(
-        all(_fits(wanted, item) for wanted, item in zip(prompt.objects, order, strict=True))
-        for order in itertools.permutations(truth.objects)
-    )
-
-
-def _fits(wanted: ObjectPrompt, item: ObjectTruth) -> bool:
-    return all(getattr(wanted, name) in (None, getattr(item, name)) for name in _OF_OBJECTS)
-
-
-def altered(truth: ClipTruth, rng: random.Random, attribute: str | None = None) -> ClipTruth:
-    """A clip's truth with one attribute changed: what its caption must not say."""
-    attribute = attribute or rng.choice((*_OF_OBJECTS, "background"))
-    if attribute == "background":
-        others = [name for name in VALUES[attribute] if name != truth.background]
-        return replace(truth, background=rng.choice(others))
-    objects = list(truth.objects)
-    slot = rng.randrange(len(objects))
-    now = getattr(objects[slot], attribute)
-    value = rng.choice([name for name in VALUES[attribute] if name != now])
-    changed: dict[str, Any] = {attribute: value}
-    objects[slot] = replace(objects[slot], **changed)
-    return replace(truth, objects=tuple(objects))
-
-
 def _truths(seed: int, step: int, batch: int, num_frames: int) -> tuple[list[ClipTruth], Tensor]:
     data = MovingShapes(seed, num_frames=num_frames, split="all", two_object_share=_TWO)
     truths = [data.truth(step * batch + row) for row in range(batch)]
@@ -245,7 +210,7 @@ def _truths(seed: int, step: int, batch: int, num_frames: int) -> tuple[list[Cli
 def _labels(truths: Sequence[ClipTruth]) -> dict[str, Tensor]:
     """Numbers of the names; -100, which the loss leaves out, where two objects share a clip."""
     labels = {}
-    for name in _OF_OBJECTS:
+    for name in OF_OBJECTS:
         labels[name] = torch.tensor(
             [
                 NAMES[name].index(getattr(truth.objects[0], name))
@@ -331,7 +296,7 @@ def two_tower_report(network: ShapeTwoTower, seed: int) -> dict[str, float]:
     changed, by attribute, and "of 64": than to the captions of 63 other clips. Cosines: "own" and
     "other" captions.
     """
-    nearer: dict[str, list[bool]] = {name: [] for name in (*_OF_OBJECTS, "background", "of 64")}
+    nearer: dict[str, list[bool]] = {name: [] for name in (*OF_OBJECTS, "background", "of 64")}
     own_cosine, other_cosine = [], []
     for step in range(_CHECK // 64):
         truths, clips = _truths(seed, step, 64, 16)
@@ -347,7 +312,7 @@ def two_tower_report(network: ShapeTwoTower, seed: int) -> dict[str, float]:
             nearer["of 64"].append(bool((table[row][wrong] < own[row]).all()))
             other_cosine.append(float(table[row][wrong].mean()))
         own_cosine += own.tolist()
-        for name in (*_OF_OBJECTS, "background"):
+        for name in (*OF_OBJECTS, "background"):
             changed = [
                 caption(altered(truth, rng, name), random.Random(f"{seed}/{step}/{i}"))
                 for i, truth in _rows(truths)

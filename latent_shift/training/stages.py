@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import random
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from latent_shift.data.moving_shapes import MovingShapes, Prompt, render, vocabulary
+from latent_shift.data.moving_shapes import MovingShapes, Prompt, caption, render, vocabulary
 from latent_shift.evaluation import moving_shapes as scorer
 from latent_shift.temporal import insert_temporal_layers
 from latent_shift.training.config import (
@@ -354,28 +355,56 @@ class CaptionedLatents(SmallStage):
             make_tokenizer([*texts, *vocabulary()], self.recipe.text).save_pretrained(folder)
 
 
+class ClipTower(nn.Module):
+    """Sees in latents what captions speak of: what single frames look like, and how a few points in
+    them move."""
+
+    POINTS = 8
+
+    def __init__(self, config: TextConfig, channels: int, side: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for number, width in enumerate(config.widths):
+            stride = 1 if number == 0 else 2
+            layers += [nn.Conv2d(channels, width, 3, stride, 1), nn.SiLU()]
+            channels, side = width, -(-side // stride)
+        self.frames = nn.Sequential(*layers)
+        self.points = nn.Conv2d(channels, self.POINTS, 1)
+        self.motion = nn.Linear(config.frames * 2 * self.POINTS, channels)
+        self.join = nn.Linear(3 * channels, config.hidden_size)
+        steps = torch.linspace(-1.0, 1.0, side)
+        grid = torch.stack(torch.meshgrid(steps, steps, indexing="xy")).flatten(1)
+        self.register_buffer("grid", grid, persistent=False)  # [2, side * side]: x, y
+        self.num_frames = config.frames
+
+    def forward(self, clips: Tensor) -> Tensor:
+        """Features (B, D) of latents (B, T, C, h, w)."""
+        chosen = torch.linspace(0, clips.shape[1] - 1, self.num_frames).round().long()
+        maps = self.frames(clips[:, chosen].flatten(0, 1))
+        look = torch.cat((maps.amax((2, 3)), maps.mean((2, 3))), dim=1)
+        look = look.unflatten(0, (-1, self.num_frames)).mean(1)
+        weight = self.points(maps).flatten(2).softmax(2)
+        tracks = (weight @ self.grid.T).unflatten(0, (-1, self.num_frames))  # [B, T, points, 2]
+        # where a thing is does not matter, how it moves does
+        motion = F.silu(self.motion((tracks - tracks.mean(1, keepdim=True)).flatten(1)))
+        return self.join(torch.cat((look, motion), dim=1))
+
+
 class ContrastiveModel(nn.Module):
     """A text encoder and a small tower for clips, which meet in one space (arXiv 2103.00020)."""
 
-    def __init__(self, config: TextConfig, text_encoder: CLIPTextModel, latents: int, side: int):
+    def __init__(
+        self, config: TextConfig, text_encoder: CLIPTextModel, channels: int, side: int
+    ) -> None:
         super().__init__()
         self.text_encoder = text_encoder
-        width, layers = latents * config.frames, []
-        for number, following in enumerate(config.widths):
-            stride = 1 if number == 0 else 2
-            layers += [nn.Conv2d(width, following, 3, stride, 1), nn.SiLU()]
-            width, side = following, -(-side // stride)
-        self.tower = nn.Sequential(
-            *layers, nn.Flatten(), nn.Linear(width * side**2, config.hidden_size)
-        )
+        self.tower = ClipTower(config, channels, side)
         self.projection = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        self.frames = config.frames
 
     def embed_clips(self, clips: Tensor) -> Tensor:
         """Unit vectors (B, D) of latents (B, T, C, h, w)."""
-        chosen = torch.linspace(0, clips.shape[1] - 1, self.frames).round().long()
-        return F.normalize(self.tower(clips[:, chosen].flatten(1, 2)), dim=-1)
+        return F.normalize(self.tower(clips), dim=-1)
 
     def embed_text(self, tokens: Tensor) -> Tensor:
         """Unit vectors (B, D) of token ids (B, L)."""
@@ -406,30 +435,45 @@ class TextStage(CaptionedLatents):
         return {"model": self.model}
 
     def loss(self, step: int, generator: torch.Generator) -> Tensor:
+        """The symmetric contrastive loss. Every clip also meets its caption with one attribute
+        changed; a caption that happens to be true of another clip counts for nothing there."""
         batch, group = self.config.batch, self.config.group
         chosen = torch.randint(len(self.latents), (batch,), generator=generator)
         backwards = torch.rand(batch, generator=generator) < 0.5
-        clips = self.latents.values[chosen].float()
-        clips = torch.where(backwards.view(-1, 1, 1, 1, 1), clips.flip(1), clips)
-        # every fourth caption is one of a picture, silent on motion, as the image stage has them
-        captions = [
-            self.latents.data.prompt(index, wording=step, image=row % 4 == 0, backwards=back).text
-            for row, (index, back) in enumerate(
-                zip(chosen.tolist(), backwards.tolist(), strict=True)
-            )
-        ]
         groups = range(batch // group)[self.workspace.ranks.rows(batch // group)]
         mine = slice(groups.start * group, groups.stop * group)
+        clips = self.latents.values[chosen[mine]].float()
+        clips = torch.where(backwards[mine].view(-1, 1, 1, 1, 1), clips.flip(1), clips)
+        device = self.workspace.device
         with self.workspace.autocast():
-            seen = self.model.embed_clips(clips[mine].to(self.workspace.device))
-            read = self.model.embed_text(self.tokenize(captions[mine]))
-        seen, read = (side.float().unflatten(0, (-1, group)) for side in (seen, read))
-        # [groups, clip, caption]
-        logits = self.model.log_scale.exp().clamp(max=100.0) * seen @ read.transpose(1, 2)
-        target = torch.arange(group, device=logits.device).expand(len(groups), group)
-        return 0.5 * (
-            F.cross_entropy(logits.transpose(1, 2), target) + F.cross_entropy(logits, target)
-        )
+            seen = self.model.embed_clips(clips.to(device)).float().split(group)
+        losses = []
+        for number, clip in zip(groups, seen, strict=True):
+            rows = range(number * group, (number + 1) * group)
+            truths = [self.latents.data.truth(int(chosen[row])) for row in rows]
+            truths = [
+                truth.reversed() if backwards[row] else truth
+                for row, truth in zip(rows, truths, strict=True)
+            ]
+            rng = random.Random(f"{self.recipe.seed}/text/{step}/{number}")
+            prompts = [
+                # every fourth caption is one of a picture, silent on motion, as images have them
+                caption(
+                    truth, random.Random(f"{step}/{number}/{i % group}"), image=i % group % 4 == 0
+                )
+                for i, truth in enumerate([*truths, *(scorer.altered(t, rng) for t in truths)])
+            ]
+            true = torch.tensor(
+                [[scorer.describes(prompt, truth) for prompt in prompts] for truth in truths]
+            )
+            true[:, :group].fill_diagonal_(False)
+            with self.workspace.autocast():
+                read = self.model.embed_text(self.tokenize([prompt.text for prompt in prompts]))
+            logits = self.model.log_scale.exp().clamp(max=100.0) * clip @ read.float().T
+            logits = logits.masked_fill(true.to(device), -torch.inf)
+            own = torch.arange(group, device=device)
+            losses.append(F.cross_entropy(logits, own) + F.cross_entropy(logits[:, :group].T, own))
+        return torch.stack(losses).mean()
 
     @torch.no_grad()
     def evaluate(self, step: int) -> dict[str, float]:
