@@ -63,11 +63,13 @@ def load_run(root: Path, part: str, recipe: Recipe) -> LatentShiftPipeline:
 def export(pipeline: LatentShiftPipeline, folder: Path) -> int:
     """Writes a pipeline in float16 safetensors; returns its size in bytes."""
     pipeline.to(dtype=torch.float16).save_pretrained(folder, safe_serialization=True)
-    # transformers would load the text encoder in the dtype it is stored in, diffusers the rest in
-    # float32
-    path = folder / "text_encoder" / "config.json"
-    values = json.loads(path.read_text())
-    path.write_text(json.dumps({**values, "dtype": "float32"}, indent=2) + "\n")
+    for path in folder.glob("*/config.json"):
+        values = json.loads(path.read_text())
+        values.pop("_name_or_path", None)  # a folder of this machine
+        if path.parent.name == "text_encoder":
+            # transformers would load it in the dtype it is stored in, diffusers the rest in float32
+            values["dtype"] = "float32"
+        path.write_text(json.dumps(values, indent=2) + "\n")
     files = [path for path in folder.rglob("*") if path.is_file()]
     for path in files:
         path.chmod(0o644)  # safetensors writes 0600

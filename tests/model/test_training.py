@@ -270,6 +270,12 @@ def test_the_text_encoder_is_learned_once_and_frozen(recipe, finished):
     assert all(torch.equal(image[name], trained[name]) for name in trained)
 
 
+def test_an_exported_model_tells_nothing_of_the_machine(finished):
+    configs = list((finished / "model").rglob("*.json"))
+    assert {path.name for path in configs} >= {"model_index.json", "config.json"}
+    assert not [path for path in configs if str(finished) in path.read_text()]
+
+
 def test_folding_the_statistics_changes_latents_and_not_images(finished):
     from diffusers import AutoencoderKL
 
