@@ -166,7 +166,7 @@ def test_the_reference_can_be_asked_for_in_silence(project):
 def test_an_unknown_backend_is_refused(project):
     done = imported(project, SERVED, LATENT_SHIFT_BACKEND="cudnn")
     assert done.returncode != 0
-    assert "LATENT_SHIFT_BACKEND must be one of auto, native, triton, reference" in done.stderr
+    assert "LATENT_SHIFT_BACKEND is one of auto, native, triton, reference" in done.stderr
 
 
 def test_the_interpreter_serves_cpu_tensors_where_triton_is_asked_for(project):
