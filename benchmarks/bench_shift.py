@@ -23,12 +23,11 @@ layout of its input is marked and not charged for the conversion back.
 from __future__ import annotations
 
 import argparse
-import json
 import runpy
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -38,11 +37,11 @@ import torch._functorch.config as functorch_config
 import torch.nn.functional as F
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import command
 from sites import CLIP_FRAMES, EPS, MAIN, NUM_GROUPS, Site, unet_sites
 from timing import Call, environment, interleave, last_level_cache
 
@@ -427,21 +426,7 @@ def plan(args: argparse.Namespace) -> Plan:
         ValueError: On an unknown name, with the choices.
     """
 
-    def choose(
-        option: str,
-        choices: Iterable[str],
-        default: Iterable[str],
-        listed: Iterable[str] | None = None,
-    ) -> list[str]:
-        given = getattr(args, option)
-        given = [given] if isinstance(given, str) else given
-        unknown = set(given or ()) - set(choices)
-        if unknown:
-            names = ", ".join(sorted(unknown))
-            choices = ", ".join(listed or choices)
-            raise ValueError(f"--{option} {names}: unknown, choose from {choices}")
-        return [choice for choice in choices if choice in (given or default)]
-
+    choose = partial(command.choose, args)
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     (device,) = choose("device", devices, devices[:1])
     gpu = device == "cuda"
@@ -475,14 +460,8 @@ def plan(args: argparse.Namespace) -> Plan:
 
 def run(plan: Plan, console: Console) -> list[dict[str, Any]]:
     """Measures every case behind a progress bar."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    rows = []
-    with Progress(*columns, console=console, transient=True) as progress:
+    rows: list[dict[str, Any]] = []
+    with command.progress_bar(console) as progress:
         task = progress.add_task("", total=len(plan.cases))
         for case in plan.cases:
             progress.update(task, description=str(case))
@@ -546,8 +525,7 @@ def heading(where: dict[str, Any], device: torch.device) -> str:
     )
     return "\n".join(
         (
-            f"{where['device']} ({where['capability']}), {where['threads']} CPU threads, torch "
-            f"{where['torch']}, {where['commit'] or 'no commit'}, {where['date']}",
+            command.machine(where),
             f"latent-shift's kernels: {by_kernel}",
             "GB/s is by the floor, the same for every provider: tensors of the size of x that must "
             f"be read or written, forward/backward: {floors}",
@@ -568,23 +546,18 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     if args.threads:
         torch.set_num_threads(args.threads)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=200)
+    console = command.make_console()
     where = environment(todo.device)
     console.print(heading(where, todo.device), highlight=False)
     # A graph that is differentiated many times must keep its buffers.
     with functorch_config.patch(donated_buffer=False):
         rows = run(todo, console)
-    console.print(table(rows))
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"environment": where, "rows": rows}, indent=1) + "\n")
+    code = command.report(rows, table(rows), where, console, args.json)
     if args.plot:
         from plot import draw_speedups  # matplotlib is needed for nothing else
 
         draw_speedups(rows, where, args.plot)
-    return int(any(row["status"] == "failed" for row in rows))
+    return code
 
 
 if __name__ == "__main__":

@@ -32,7 +32,6 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -49,12 +48,12 @@ from diffusers import UNet2DConditionModel, UNet3DConditionModel, UNetMotionMode
 from diffusers.models.resnet import ResnetBlock2D
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import command
 from bench_shift import DTYPES, roll_shift, tsm_shift
 from sites import CLIP_FRAMES
 from timing import Call, environment, interleave
@@ -502,15 +501,7 @@ def plan(args: argparse.Namespace) -> Plan:
         ValueError: On an unknown name, with the choices.
     """
 
-    def choose(option: str, choices: tuple[str, ...], default: tuple[str, ...]) -> list[str]:
-        given = getattr(args, option)
-        given = [given] if isinstance(given, str) else given
-        unknown = set(given or ()) - set(choices)
-        if unknown:
-            names = ", ".join(sorted(unknown))
-            raise ValueError(f"--{option} {names}: unknown, choose from {', '.join(choices)}")
-        return [choice for choice in choices if choice in (given or default)]
-
+    choose = functools.partial(command.choose, args)
     devices = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
     (device,) = choose("device", devices, devices[:1])
     gpu = device == "cuda"
@@ -541,14 +532,8 @@ def plan(args: argparse.Namespace) -> Plan:
 
 def run(todo: Plan, console: Console) -> list[dict[str, Any]]:
     """Measures every case behind a progress bar."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
     rows: list[dict[str, Any]] = []
-    with Progress(*columns, console=console, transient=True) as progress:
+    with command.progress_bar(console) as progress:
         task = progress.add_task("", total=len(todo.cases))
         for case in todo.cases:
             progress.update(task, description=str(case))
@@ -609,21 +594,11 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     if args.threads:
         torch.set_num_threads(args.threads)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=200)
+    console = command.make_console()
     where = environment(todo.device)
-    console.print(
-        f"{where['device']} ({where['capability']}), {where['threads']} CPU threads, torch "
-        f"{where['torch']}, {where['commit'] or 'no commit'}, {where['date']}",
-        highlight=False,
-    )
+    console.print(command.machine(where), highlight=False)
     rows = run(todo, console)
-    console.print(table(rows))
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"environment": where, "rows": rows}, indent=1) + "\n")
-    return int(any(row["status"] == "failed" for row in rows))
+    return command.report(rows, table(rows), where, console, args.json)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""CUDA graphs of the U-Net: every denoising step one launch, whatever the prompts."""
+"""CUDA graphs of the U-Net: its call in every denoising step one launch, whatever the prompts."""
 
 from __future__ import annotations
 

@@ -302,8 +302,8 @@ class LatentShiftPipeline(StableDiffusionPipeline):
         insert_shift(self.unet, config)
 
     def enable_cuda_graphs(self) -> None:
-        """Records the U-Net's call once for every shape, and replays it in every step from then on:
-        no launch is waited for. Prompts, seeds, sizes, weights and LoRA adapters change freely; of
+        """Records the U-Net's call once for every shape, and replays it as one launch in every step
+        from then on. Prompts, seeds, sizes, weights and LoRA adapters change freely; of
         other changes to the U-Net (FreeU, hooks) tell it by calling this again.
 
         Calls with ``cross_attention_kwargs``, and those after a move to the CPU, run without.

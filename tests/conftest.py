@@ -21,6 +21,16 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Tiny tensors gain nothing from threads, on a busy machine they wait for them, and forks must
+    not share a pool of them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def poison():
     """Uninitialised memory reads as NaN, in PyTorch and in the extension, so an unwritten output

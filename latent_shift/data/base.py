@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -108,7 +109,7 @@ class Row:
     text: Tensor | None = None
 
 
-class ClipSource:
+class ClipSource(ABC):
     """A list of captioned clips that are read by number; `kind` and `where` are for readers."""
 
     kind: str
@@ -116,37 +117,38 @@ class ClipSource:
     form: ClipFormat | None = None  # where only one can be read
     unmatched: Sequence[str] = ()  # captions that belong to no clip
 
-    def __len__(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def __len__(self) -> int: ...
 
+    @abstractmethod
     def read(self, index: int, form: ClipFormat, generator: torch.Generator) -> Clip:
         """Reads clip `index` in `form`; start, crop and flip are functions of `generator` alone.
 
         Raises:
             ClipError: the clip is unreadable or too short, or has no caption.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def name(self, index: int) -> str:
-        raise NotImplementedError
+        """Names a clip for readers of the log."""
 
+    @abstractmethod
     def caption(self, index: int) -> str:
         """Raises `ClipError` if there is none."""
-        raise NotImplementedError
 
+    @abstractmethod
     def facts(self, index: int, thorough: bool = False) -> Facts:
         """Looks at a clip without taking frames from it; `thorough` decodes all of it.
 
         Raises:
             ClipError: the clip is unreadable.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def digest(self, index: int) -> bytes:
         """Changes when the clip or its caption does."""
-        raise NotImplementedError
 
-    def check(self, form: ClipFormat) -> None:
+    def check(self, form: ClipFormat) -> None:  # noqa: B027 (most sources have every format)
         """Raises `ValueError` if no clip of this source can be read in `form`, whatever it is."""
 
     def row(self, index: int, form: ClipFormat, generator: torch.Generator) -> Row:

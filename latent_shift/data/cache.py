@@ -34,7 +34,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .base import Clip, ClipError, ClipFormat, ClipSource, Row, seeded
+from .base import Clip, ClipError, ClipFormat, ClipSource, Facts, Row, seeded
 from .encode import encode_frames, encode_text, is_cut, model_digest, tokenizer_digest
 from .sources import fingerprint
 
@@ -253,6 +253,10 @@ class LatentCache(ClipSource):
 
     def caption(self, index: int) -> str:
         return self._rows[index][3]
+
+    def facts(self, index: int, thorough: bool = False) -> Facts:
+        form = self.form
+        return Facts(form.num_frames, form.fps or 0.0, form.height, form.width)
 
     def digest(self, index: int) -> bytes:
         return json.dumps([self.fingerprint, index]).encode()

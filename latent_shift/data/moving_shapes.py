@@ -18,9 +18,9 @@ where listed):
     image   := the same without any motion
     ground  := ("on" | "against" | "over") "a" background "background" | ("on" | "over") background
 
-Size and background are each left out of about half of the captions, and a caption's truth says so:
-what a caption does not name is free, and is not scored. "a red circle moving right" is the plainest
-form.
+What is usual goes without saying: the background of a caption that names none is black. About half
+of the captions leave size out; it is free then, and not scored. "a red circle moving right" is the
+plainest form.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ BACKGROUNDS: dict[str, tuple[float, float, float]] = {
     "white": (0.97, 0.97, 0.97),
     "navy": (0.08, 0.10, 0.32),
 }
+USUAL = "black"  # the background of two clips in five, and of captions that name none
 # radius of the circle with the object's area
 SIZES: dict[str, float] = {"small": 0.125, "large": 0.19}
 DIRECTIONS: dict[str, tuple[float, float]] = {
@@ -147,16 +148,16 @@ class ClipTruth:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A caption and what it asks for; None where it is silent."""
+    """A caption and what it asks for."""
 
     text: str
     objects: tuple[ObjectPrompt, ...]
-    background: str | None
+    background: str
 
 
 @dataclass(frozen=True)
 class ObjectPrompt:
-    """What a caption says of one object."""
+    """What a caption says of one object; None where it is silent."""
 
     shape: str
     colour: str
@@ -226,7 +227,7 @@ class MovingShapes:
     def truth(self, index: int) -> ClipTruth:
         """Returns the ground truth of clip `index`, without rendering it."""
         rng = random.Random(f"{self.seed}/{index}/truth")
-        background = _pick(rng, tuple(BACKGROUNDS))
+        background = _pick(rng, (USUAL, *BACKGROUNDS))
         count = 2 if rng.random() < self.two_object_share else 1
         while True:
             objects = tuple(self._object(rng, count) for _ in range(count))
@@ -272,6 +273,7 @@ class MovingShapes:
 def caption(truth: ClipTruth, rng: random.Random, *, image: bool = False) -> Prompt:
     """Words a caption for `truth` by the module's grammar, drawing all choices from `rng`."""
     say_size, say_ground, ground_first = rng.random() < 0.5, rng.random() < 0.5, rng.random() < 0.25
+    say_ground |= truth.background != USUAL
     article = "a" if rng.random() < 0.85 else "the"
     phrases, wanted = [], []
     for item in truth.objects:
@@ -301,7 +303,7 @@ def caption(truth: ClipTruth, rng: random.Random, *, image: bool = False) -> Pro
         scene = f"{ground}, {scene}" if ground_first else f"{scene} {ground}"
     if not (say_ground and ground_first) and rng.random() < 0.1:
         scene = f"{_pick(rng, _MEDIA['image' if image else 'clip'])} {scene}"
-    return Prompt(scene, tuple(wanted), truth.background if say_ground else None)
+    return Prompt(scene, tuple(wanted), truth.background)
 
 
 def render(truths: Sequence[ClipTruth], size: int, frames: Sequence[int] | None = None) -> Tensor:

@@ -37,7 +37,6 @@ from latent_shift.data.moving_shapes import (
     signed_distance,
 )
 
-ATTRIBUTES = ("colour", "shape", "size", "background", "direction")
 OF_OBJECTS = ("colour", "shape", "size", "direction")
 VALUES: dict[str, tuple[str, ...]] = {
     "colour": tuple(COLOURS),
@@ -46,6 +45,7 @@ VALUES: dict[str, tuple[str, ...]] = {
     "background": tuple(BACKGROUNDS),
     "direction": tuple(DIRECTIONS),
 }
+ATTRIBUTES = tuple(VALUES)
 _VISIBLE = 0.12  # distance in RGB from the background below which nothing is there
 _STILL = 0.5 * TRAVEL[0]  # half the shortest travel of a moving object
 _SIZE_EDGE = math.sqrt(SIZES["small"] * SIZES["large"])
@@ -249,8 +249,7 @@ def score_clip(frames: Tensor, prompt: Prompt) -> dict[str, float]:
     }
     if all(wanted.size for _, wanted in pairs):
         scores["size"] = all(seen.size == wanted.size for seen, wanted in pairs)
-    if prompt.background is not None:
-        scores["background"] = reading.background == prompt.background
+    scores["background"] = reading.background == prompt.background
     if len(frames) > 1:
         if all(wanted.direction for _, wanted in pairs):
             scores["direction"] = all(seen.direction == wanted.direction for seen, wanted in pairs)
@@ -437,9 +436,9 @@ def altered(truth: ClipTruth, rng: random.Random, attribute: str | None = None) 
 
 def describes(prompt: Prompt, truth: ClipTruth) -> bool:
     """Whether everything that a caption says is true of a clip."""
-    if prompt.background not in (None, truth.background):
+    if prompt.background != truth.background or len(prompt.objects) != len(truth.objects):
         return False
-    return len(prompt.objects) == len(truth.objects) and any(
+    return any(
         all(
             getattr(wanted, name) in (None, getattr(item, name))
             for wanted, item in zip(prompt.objects, order, strict=True)
@@ -453,6 +452,6 @@ def full_caption(truth: ClipTruth) -> str:
     """A caption that names every attribute."""
     for wording in itertools.count():
         prompt = caption(truth, random.Random(wording))
-        if prompt.background and all(item.size and item.direction for item in prompt.objects):
+        if all(item.size and item.direction for item in prompt.objects):
             return prompt.text
     raise AssertionError("captions name everything now and then")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -33,7 +34,7 @@ class Drawn:
         return (self.clips * 255).round().clamp(0, 255).byte()
 
 
-class ClipSet:
+class ClipSet(ABC):
     """A set of `count` clips that can be gone through once, batch by batch, by several processes.
 
     Attributes:
@@ -60,12 +61,13 @@ class ClipSet:
             if drawn.indices:
                 yield drawn
 
+    @abstractmethod
     def draw(self, indices: range, captions: bool) -> Drawn:
-        raise NotImplementedError
+        """Reads or makes clips; `captions` as in `batches`."""
 
+    @abstractmethod
     def protocol(self) -> dict[str, Any]:
         """What the clips are a function of."""
-        raise NotImplementedError
 
 
 class StoredClips(ClipSet):

@@ -114,7 +114,7 @@ class TextConfig:
     """The tokenizer (BPE learned from captions) and the CLIP text encoder, which learns to tell the
     captions of clips apart by contrast with the clips (arXiv 2103.00020, section 2.3) and is frozen
     from then on. Learned with the denoiser instead, the words for shapes came to mean all the same:
-    what they add to the loss is a hundredth of what colours do.
+    what a wrong one adds to the loss is small beside what a wrong colour does.
 
     Attributes:
         batch: clips a step.

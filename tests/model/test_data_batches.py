@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 import torch
 
-from latent_shift.data.base import Clip, ClipError, ClipSource
+from latent_shift.data.base import Clip, ClipError, ClipSource, Facts
 from latent_shift.data.clips import Batch, Batches, ClipFormat, open_source
 
 FORM = ClipFormat(4, 16, 16)
@@ -45,6 +45,14 @@ class Flaky(ClipSource):
         drawn = int(torch.randint(256, (), generator=generator))
         frames = torch.full((form.num_frames, 3, form.height, form.width), drawn).byte()
         return Clip(frames, str(index), str(index), 8.0)
+
+    def caption(self, index: int) -> str:
+        return str(index)
+
+    def facts(self, index: int, thorough: bool = False) -> Facts:
+        raise AssertionError("batches need none")
+
+    digest = facts
 
 
 def numbers(source: ClipSource, places: range, **options) -> list[int]:

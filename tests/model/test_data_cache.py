@@ -20,15 +20,7 @@ from tests.model import tiny
 from tests.model.clips import middle, shapes
 
 FORM = ClipFormat(5, 16, 16, crop="center", start="middle", stride=2)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny tensors gain nothing from threads, and forks must not share a pool of them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

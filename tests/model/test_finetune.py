@@ -45,15 +45,7 @@ from tests.model import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPES = "moving-shapes:clips=5,frames=4"
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny tensors gain nothing from threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

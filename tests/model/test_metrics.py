@@ -33,15 +33,12 @@ from tests.model import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = Path(measuring.__file__).parents[1] / "assets" / "metrics"
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
+def no_folder_of_networks(monkeypatch):
     monkeypatch.delenv(networks_module.VARIABLE, raising=False)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def shapes(number: int, seed: int = 1, frames: int = 16) -> StoredClips:
@@ -611,6 +608,8 @@ def test_clip_source_of_another_kind_needs_captions():
 
         def read(self, index, form, generator):
             raise ClipError("odd", "no caption")
+
+        name = caption = facts = read
 
         def digest(self, index: int) -> bytes:
             return b""
