@@ -9,6 +9,8 @@ LATENT_SHIFT_FORCE_BUILD=1 makes that an error, LATENT_SHIFT_SKIP_BUILD=1 asks f
 
 import json
 import os
+import re
+import subprocess
 import sys
 from glob import glob
 from pathlib import Path
@@ -21,9 +23,9 @@ PACKAGE = "latent_shift_kernels"
 MACROS = [("TORCH_TARGET_VERSION", "0x020b000000000000")]  # torch 2.11
 CXX_FLAGS = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=fast", "-Wno-psabi"]
 NVCC_FLAGS = ["-O3", "-std=c++17", "-DUSE_CUDA", "-lineinfo", "-Xcompiler=-fvisibility=hidden"]
-# sm_80 code also runs on sm_86 and sm_89; sm_90a is Hopper's own, and what follows needs CUDA 12.8
-ARCHITECTURES = "8.0;9.0a;10.0;12.0+PTX"
-ARCHITECTURES_BEFORE_12_8 = "8.0;9.0a;9.0+PTX"
+# sm_80 code also runs on sm_86 and sm_89, sm_90a is Hopper's own, PTX serves what has no code
+ARCHITECTURES = "8.0;9.0a;9.0+PTX"
+ARCHITECTURES_OF_12_8 = "8.0;9.0a;9.0+PTX;10.0;12.0"
 FIX = "pip install --no-build-isolation --force-reinstall --no-deps --no-cache-dir ."
 FORCE = os.environ.get("LATENT_SHIFT_FORCE_BUILD") == "1"
 
@@ -57,6 +59,18 @@ class BuildPy(build_py):
     def run(self) -> None:
         super().run()
         record("." if getattr(self, "editable_mode", False) else self.build_lib)
+
+
+def choose_architectures(cuda_home: str) -> str:
+    """TORCH_CUDA_ARCH_LIST, with sm_90a wherever it asks for sm_90, or what this nvcc compiles for:
+    torch asks the visible GPU where the list is empty, and fails where there is none."""
+    if asked := os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";"):
+        return asked if "9.0a" in asked else re.sub(r"\b9\.0(?!\d)", "9.0a;9.0", asked)
+    nvcc = Path(cuda_home, "bin", "nvcc")
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+    release = re.search(r"release (\d+)\.(\d+)", said)
+    new = release is not None and tuple(map(int, release.groups())) >= (12, 8)
+    return ARCHITECTURES_OF_12_8 if new else ARCHITECTURES
 
 
 def native() -> tuple[list, type]:
@@ -109,11 +123,10 @@ def native() -> tuple[list, type]:
     cuda_sources = sorted(glob("csrc/cuda/*.cu"))
     if cuda_sources and torch.version.cuda:
         if CUDA_HOME:
-            # torch asks the visible GPU where this is unset, and fails where there is none
-            new = tuple(map(int, torch.version.cuda.split(".")[:2])) >= (12, 8)
-            architectures = ARCHITECTURES if new else ARCHITECTURES_BEFORE_12_8
-            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures)
-            flags = {"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS}
+            architectures = choose_architectures(CUDA_HOME)
+            os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
+            hopper = ["-DLATENT_SHIFT_SM90A"] if "9.0a" in architectures else []
+            flags = {"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS + hopper}
             extensions.append(
                 CUDAExtension(
                     f"{PACKAGE}._C_cuda",

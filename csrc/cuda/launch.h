@@ -50,10 +50,22 @@ inline int device_attribute(cudaDeviceAttr attribute, int device) {
   return value;
 }
 
+static __global__ void architecture_probe() {}
+
+// The architecture to plan for: the current device's, or what its code was compiled for where that is
+// PTX from before clusters, whose functions trap.
+inline int architecture_of(int device) {
+  const int own = device_attribute(cudaDevAttrComputeCapabilityMajor, device) * 10 +
+                  device_attribute(cudaDevAttrComputeCapabilityMinor, device);
+  if (own < 90) return own;
+  cudaFuncAttributes code{};
+  check_cuda(cudaFuncGetAttributes(&code, architecture_probe), "cudaFuncGetAttributes");
+  return code.ptxVersion < 90 ? code.ptxVersion : own;
+}
+
 // Asked anew at every call: a process may use devices of several kinds.
 inline Limits limits_of(int device) {
-  return {device_attribute(cudaDevAttrComputeCapabilityMajor, device) * 10 +
-              device_attribute(cudaDevAttrComputeCapabilityMinor, device),
+  return {architecture_of(device),
           device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
           device_attribute(cudaDevAttrMultiProcessorCount, device)};
 }

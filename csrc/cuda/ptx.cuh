@@ -72,6 +72,21 @@ LS_DEVICE void cp_async_arrive_noinc(uint64_t* barrier) {
                : "memory");
 }
 
+// ---- arithmetic --------------------------------------------------------------------------------
+
+// One instruction each, to about 2 units of the last place; results and arguments below 2^-126 are 0.
+LS_DEVICE float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+LS_DEVICE float rcp_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // ---- named barriers ----------------------------------------------------------------------------
 
 // `threads` is the number that arrives or waits, a multiple of 32. Barrier 0 is __syncthreads.

@@ -205,7 +205,8 @@ __global__ void __launch_bounds__(kNormThreads, 1)
                     }
                   });
     if (!whole) return;
-    if (p.tiling.cluster > 1) ptx::cluster_arrive();  // the last read of another block's sums
+    if (p.tiling.cluster > 1)
+      ptx::cluster_arrive();  // the last read of another block's sums
   }
 
   const T* dsum = p.dsum ? static_cast<const T*>(p.dsum) + tile.frame * frame_size : nullptr;
@@ -350,7 +351,7 @@ __global__ void __launch_bounds__(32 * kParameterRows)
         first += dz[at];
       } else if (kind == Kind::kScale) {
         first += dz_xhat[at] * weight + dz[at] * bias;
-      } else {
+      } else if (dz) {  // job 0, whether there is anything affine or not
         const A scale =
             1 + read<A>(p.ada_scale,
                         row_offset(p.ada_scale, row / p.tiles, p.frames, p.channels) + c, 0);

@@ -95,7 +95,10 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> run_conv(
 
   check_device(x, filter, "filter");
   const Call call(x);
-  const Limits& limits = call.launcher.limits;
+  Limits limits = call.launcher.limits;
+#ifndef LATENT_SHIFT_SM90A
+  if (limits.arch == 90) limits.arch = 89;  // not compiled for sm_90a: the kernels of wgmma trap
+#endif
   const int64_t out_channels = filter.size(0);
   if (const char* reason = conv_refusal(x.size(1), skip_channels, out_channels, limits)) {
     STD_TORCH_CHECK(false, "the fused convolution ", reason, "; got ", x.size(1), " + ",
@@ -124,6 +127,8 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> run_conv(
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
   STD_TORCH_CHECK(frames * height * width <= kMost && channels <= kMost / 64,
                   "the fused convolution counts pixels in 31 bits, got ", shape_of(x));
+  STD_TORCH_CHECK(out_channels <= int64_t{65535} * 64,
+                  "the fused convolution makes at most 4,194,240 channels, got ", out_channels);
 
   ConvTensors tensors(x);
   a.dtype = dtype_of(x);

@@ -244,7 +244,7 @@ class Epilogue {
   using Shared = EpilogueShared<Columns, Part>;
   static constexpr int kBytes = Shared::kBytes;
 
-  // `barrier` is the named barrier of the 128 threads, `shared` kBytes of their own.
+  // `barrier`, 1 or 2, is the named barrier of the 128 threads, `shared` kBytes of their own.
   __device__ __forceinline__ Epilogue(const ConvParams& params, const TileTable& table_,
                                       int thread_, int barrier_, unsigned char* shared)
       : p(params),
@@ -290,7 +290,13 @@ class Epilogue {
   }
 
  private:
-  __device__ __forceinline__ void sync() const { ptx::named_barrier_sync(barrier, kTileThreads); }
+  // The number of a barrier in a register would reserve all sixteen.
+  __device__ __forceinline__ void sync() const {
+    if (barrier == 1)
+      ptx::named_barrier_sync(1, kTileThreads);
+    else
+      ptx::named_barrier_sync(2, kTileThreads);
+  }
 
   __device__ __forceinline__ int64_t offset_of(int32_t frame, int pixel, int32_t channel) const {
     const int32_t y = tile.y + pixel / kTile, x = tile.x + pixel % kTile;

@@ -94,6 +94,8 @@ __global__ void __launch_bounds__(ConvWgmma<Columns>::kThreads, 1)
         at.advance();
       }
     }
+    __syncwarp();
+    ptx::cluster_arrive();
   } else {
     ptx::set_max_registers_increase<Traits::kConsumerRegisters>();
     constexpr int kColumns = Traits::kInstructionColumns;
@@ -149,7 +151,9 @@ __global__ void __launch_bounds__(ConvWgmma<Columns>::kThreads, 1)
     ptx::wgmma_wait<0>();
 #pragma unroll
     for (int i = 0; i < Traits::kInstructions; ++i) ptx::keep_registers(sums[i]);
+    __syncwarp();
 
+    ptx::cluster_arrive();  // before the stores, which no peer waits for
     // the epilogue reuses the shared memory that both tiles' products read
     ptx::named_barrier_sync(kConsumers, kCtaTiles * kTileThreads);
     const TileEpilogue epilogue(p, tables[cta_tile], thread % kTileThreads, 1 + cta_tile,
@@ -163,7 +167,8 @@ __global__ void __launch_bounds__(ConvWgmma<Columns>::kThreads, 1)
       epilogue.store_part(part, blockIdx.y * Columns + part);
   }
   // a block's barriers live until its peers have arrived there for the last time
-  ptx::cluster_sync();
+  __syncwarp();
+  ptx::cluster_wait();
 }
 
 }  // namespace latent_shift::cuda

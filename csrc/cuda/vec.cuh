@@ -102,7 +102,7 @@ LS_DEVICE acc_t<T> sigmoid(acc_t<T> z) {
   } else if constexpr (std::is_same_v<T, float>) {
     return 1.0f / (1.0f + expf(-z));
   } else {
-    return __fdividef(1.0f, 1.0f + __expf(-z));
+    return ptx::rcp_approx(1.0f + ptx::exp2_approx(-1.4426950408889634f * z));
   }
 }
 

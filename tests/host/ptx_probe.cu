@@ -26,7 +26,7 @@ __global__ void ampere(float* out, const uint4* in) {
   ptx::mma_m16n8k16<__nv_bfloat16>(d, a, b);
   ptx::mma_m16n8k16<__half>(d, c, e);
   ptx::store_streaming(out + 64, ptx::load_streaming(in));
-  out[threadIdx.x] = d[0] + d[1] + d[2] + d[3];
+  out[threadIdx.x] = ptx::exp2_approx(d[0]) + ptx::rcp_approx(d[1]) + d[2] + d[3];
 }
 
 #ifdef LS_HOPPER

@@ -14,6 +14,8 @@ AMPERE = {
     "cp_async_commit": "LDGDEPBAR",
     "cp_async_wait": r"DEPBAR\.LE SB0, 0x1",
     "cp_async_arrive_noinc": r"ARRIVES\.LDGSTSBAR\.64",
+    "exp2_approx": r"MUFU\.EX2",
+    "rcp_approx": r"MUFU\.RCP",
     "named_barrier_sync": r"BAR\.SYNC\S* 0x1, 0x40",
     "named_barrier_arrive": r"BAR\.ARV 0x2, 0x40",
     "ldmatrix_x4": r"LDSM\.16\.M88\.4",

@@ -44,6 +44,7 @@ FLAGS = {
     "affine": ("weight", "bias"),
     "join": ("residual", "weight", "bias"),
     "temb": ("temb", "weight", "bias"),
+    "temb_alone": ("temb",),
     "everything": ("residual", "temb", "weight", "bias", "ada_scale", "ada_shift"),
     "adagn": ("ada_scale", "ada_shift"),
 }

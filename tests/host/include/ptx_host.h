@@ -1,6 +1,8 @@
 // The functions of csrc/cuda/ptx.cuh on the host executor.
 #pragma once
 
+#include <cmath>
+
 #include "executor.h"
 
 namespace latent_shift::cuda::ptx {
@@ -17,6 +19,11 @@ void cp_async_wait() {
   host::cp_async_wait(Groups);
 }
 inline void cp_async_arrive_noinc(uint64_t* barrier) { host::cp_async_arrive(barrier); }
+
+// ftz: what is too small for a normal number is 0
+inline float flushed(float x) { return std::abs(x) < 0x1p-126f ? std::copysign(0.f, x) : x; }
+inline float exp2_approx(float x) { return flushed(std::exp2(flushed(x))); }
+inline float rcp_approx(float x) { return flushed(1.0f / flushed(x)); }
 
 inline void named_barrier_sync(uint32_t id, uint32_t threads) { host::barrier_sync(id, threads); }
 inline void named_barrier_arrive(uint32_t id, uint32_t threads) {
