@@ -709,13 +709,11 @@ class VideoStage(DiffusionStage):
             return self.velocity_loss(
                 clean, self._captions(chosen.tolist(), step, True, generator), generator
             )
-        coarse = self.config.coarse_share * (1.0 - step / self.steps)
-        stride = 2 if torch.rand((), generator=generator) < coarse else 1
-        batch = self.config.batch * stride
+        batch = self.config.batch
         chosen = torch.randint(len(self.latents), (batch,), generator=generator)
         # played backwards, a clip is another clip, of the opposite direction
         backwards = torch.rand(batch, generator=generator) < 0.5
-        clean = self.latents.values[chosen, ::stride]
+        clean = self.latents.values[chosen]
         clean = torch.where(backwards.view(-1, 1, 1, 1, 1), clean.flip(1), clean)
         captions = self._captions(chosen.tolist(), step, False, generator, backwards.tolist())
         return self.velocity_loss(clean, captions, generator)

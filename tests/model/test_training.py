@@ -59,7 +59,6 @@ crop_batch = 6
 [video]
 steps = 6
 batch = 2
-coarse_share = 0.5
 image_every = 3
 image_batch = 2
 [sampling]
