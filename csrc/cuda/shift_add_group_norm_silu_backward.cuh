@@ -205,8 +205,7 @@ __global__ void __launch_bounds__(kNormThreads, 1)
                     }
                   });
     if (!whole) return;
-    if (p.tiling.cluster > 1)
-      ptx::cluster_arrive();  // the last read of another block's sums
+    if (p.tiling.cluster > 1) ptx::cluster_arrive();  // the last read of another block's sums
   }
 
   const T* dsum = p.dsum ? static_cast<const T*>(p.dsum) + tile.frame * frame_size : nullptr;
