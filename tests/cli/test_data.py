@@ -12,11 +12,12 @@ from latent_shift import LatentShiftPipeline
 from latent_shift.cli import main
 from latent_shift.data.cache import open_cache
 from latent_shift.video import write_clip
-from tests.cli.test_cli import fails, here, one_thread
+from tests.cli.test_cli import fails, here
 from tests.model import tiny
 from tests.model.clips import clock, shapes, write_video
 
-__all__ = ["here", "one_thread"]
+__all__ = ["here"]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

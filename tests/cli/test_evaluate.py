@@ -13,9 +13,10 @@ pytest.importorskip("torchmetrics")
 from latent_shift import LatentShiftPipeline
 from latent_shift.cli import main
 from latent_shift.video import write_clip
-from tests.cli.test_cli import fails, here, one_thread  # noqa: F401 - fixtures
+from tests.cli.test_cli import fails, here  # noqa: F401 - a fixture
 from tests.model import tiny
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 QUICK = ["--frames", "4", "--steps", "1", "--number", "3", "--batch", "2", "--resamples", "5"]
 
 
