@@ -8,8 +8,8 @@ Geometry is in units of the frame: x to the right, y downwards, both in [0, 1]. 
 size have the same area, so size is read from the area and shape from the outline alone. Every
 object stays inside the frame for the whole clip.
 
-Captions follow this grammar (`[]` optional, `|` alternatives, words of `SYNONYMS` and `MOTIONS`
-where listed):
+Captions follow this grammar (`[]` optional, `|` alternatives, words of `SYNONYMS` where
+listed):
 
     clip    := [medium] scene
     scene   := objects [ground] | ground "," objects

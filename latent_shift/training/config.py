@@ -156,8 +156,8 @@ class UNetConfig:
 class ScheduleConfig:
     """The noise schedule: betas linear in their roots, ending in pure noise; v-prediction.
 
-    Stable Diffusion's ends at .012, and gives its last tenth of steps to noise in which these small
-    latents, flat but for one object, are decided already; .02 spends more steps on it.
+    Stable Diffusion's ends at .012, which leaves about a tenth of the steps to the noise in which a
+    clip of these small latents, flat but for one object, is decided; .02 gives it more.
     """
 
     beta_start: float = 0.00085

@@ -86,6 +86,7 @@ class SmallStage:
         return Stopwatch(self.workspace.device)
 
     def unsharded(self, weights: dict[str, Any]) -> AbstractContextManager[None]:
+        # only FSDP asks, which `train` refuses for these recipes
         raise NotImplementedError("these stages are not sharded")
 
     def advice(self, step: int) -> str:
@@ -457,6 +458,7 @@ class TextStage(CaptionedLatents):
             ]
             rng = random.Random(f"{self.recipe.seed}/text/{step}/{number}")
             prompts = [
+                # a clip's altered caption is worded as its own, so that one word tells them apart;
                 # every fourth caption is one of a picture, silent on motion, as images have them
                 caption(
                     truth, random.Random(f"{step}/{number}/{i % group}"), image=i % group % 4 == 0
