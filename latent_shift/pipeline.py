@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -43,6 +44,8 @@ from transformers import (
     CLIPTokenizer,
     CLIPVisionModelWithProjection,
 )
+
+from latent_shift_kernels.integrations.diffusers import text_kept
 
 from . import __version__
 from .graphs import UNetGraphs
@@ -512,7 +515,9 @@ class LatentShiftPipeline(StableDiffusionPipeline):
 
         warmup = len(schedule) - steps * self.scheduler.order
         self._num_timesteps = len(schedule)
-        with self.progress_bar(total=steps) as progress_bar:
+        # a recorded call holds its own projections of the text
+        keeping = text_kept(self.unet) if self._graphs is None else nullcontext(lambda: None)
+        with keeping as forget_text, self.progress_bar(total=steps) as progress_bar:
             for i, t in enumerate(schedule):
                 if self.interrupt:
                     break
@@ -544,6 +549,7 @@ class LatentShiftPipeline(StableDiffusionPipeline):
                     changed = callback_on_step_end(self, i, t, given) or {}
                     latents = changed.get("latents", latents)
                     prompt_embeds = changed.get("prompt_embeds", prompt_embeds)
+                    forget_text()
                 if i == len(schedule) - 1 or (
                     i + 1 > warmup and (i + 1) % self.scheduler.order == 0
                 ):

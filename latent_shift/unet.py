@@ -22,10 +22,10 @@ from latent_shift_kernels import Placement, ShiftSpec
 from latent_shift_kernels.integrations.diffusers import (
     ShiftResnetBlock2D,
     restore_resnet_block,
-    share_text,
+    share_inputs,
     shift_resnet_block,
     shifted_channels,
-    unshare_text,
+    unshare_inputs,
 )
 from latent_shift_kernels.spec import Boundary, SingleFrame
 
@@ -231,7 +231,7 @@ def remove_shift(unet: LatentShiftUNet) -> UNet2DConditionModel:
     for block in unet.modules():
         if isinstance(block, ShiftResnetBlock2D):
             restore_resnet_block(block)
-    unshare_text(unet)
+    unshare_inputs(unet)
     unet.__class__ = UNet2DConditionModel
     unet._internal_dict = FrozenDict({k: v for k, v in unet.config.items() if k != "shift"})
     return unet
@@ -247,7 +247,7 @@ def _insert(unet: UNet2DConditionModel, config: ShiftConfig) -> None:
     placement = Placement(config.placement)
     for block in blocks:
         shift_resnet_block(block, config.spec(shifted_channels(block, placement)), placement)
-    share_text(unet)
+    share_inputs(unet)
 
 
 def _shift_config(config: ShiftConfig | Mapping[str, Any] | None) -> ShiftConfig:

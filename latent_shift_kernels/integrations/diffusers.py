@@ -10,15 +10,18 @@ clip (B, D), and T is the quotient.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, ClassVar
 
 import diffusers
+import torch
+import torch.nn.functional as F
 from diffusers import UNet3DConditionModel, UNetSpatioTemporalConditionModel
 from diffusers.models import attention_processor as processors
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D, TemporalResnetBlock
+from diffusers.models.unets import unet_2d_blocks, unet_3d_blocks, unet_motion_model
 from torch import Tensor, nn
 
 from .. import backends, functional
@@ -29,13 +32,16 @@ from .fusion import (
     Fused,
     FusionReport,
     GroupNormSiLU,
+    Joined,
     Plan,
     Site,
     Step,
     exchange,
     itemsize,
+    joined,
     left,
     obstacle,
+    parts_of,
     plain_class,
     plan_norms,
     plan_shifts,
@@ -49,11 +55,12 @@ __all__ = [
     "fuse",
     "fused",
     "restore_resnet_block",
-    "share_text",
+    "share_inputs",
     "shift_resnet_block",
     "shifted_channels",
+    "text_kept",
     "unfuse",
-    "unshare_text",
+    "unshare_inputs",
 ]
 
 
@@ -71,19 +78,23 @@ class FusedResnetBlock2D(Fused, ResnetBlock2D):
         """As ``ResnetBlock2D.forward``.
 
         Args:
-            input_tensor: Frames (B*T, C, H, W), channels_last preferred.
+            input_tensor: Frames (B*T, C, H, W), channels_last preferred; hidden states and a skip
+                input (:class:`Joined`) are brought together only where no operator reads both.
             temb: Time embedding, one row per clip (B, D), or without a shift also one per frame.
 
         Raises:
             ValueError: If there is a shift and no time embedding to read the number of clips from,
                 or it does not divide the batch.
         """
-        num_frames = self._num_frames(input_tensor, temb)
+        x, *skips = parts_of(input_tensor)
+        num_frames = self._num_frames(x, temb)
         resample = self.upsample or self.downsample
-        halves = resample is None and self._as_halves(input_tensor)
+        halves = resample is None and len(skips) < 2 and self._as_halves(x)
         if halves:
-            hidden_states = _half(self.norm1, self.conv1, input_tensor, num_frames)
+            skip = skips[0] if skips else None
+            hidden_states = _half(self.norm1, self.conv1, x, num_frames, skip=skip)
         else:
+            input_tensor = joined(input_tensor)
             hidden_states = self.norm1(input_tensor, num_frames)
             if resample is not None:
                 input_tensor = resample(input_tensor)
@@ -103,8 +114,12 @@ class FusedResnetBlock2D(Fused, ResnetBlock2D):
             hidden_states = self.norm2(hidden_states, num_frames, **modulation)
             hidden_states = self.conv2(self.dropout(hidden_states))
 
-        if self.conv_shortcut is not None:
-            input_tensor = self.conv_shortcut(input_tensor)
+        if self.conv_shortcut is None:
+            input_tensor = joined(input_tensor)
+        elif isinstance(input_tensor, Joined) and _is_pointwise(self.conv_shortcut):
+            input_tensor = _pointwise(self.conv_shortcut, *input_tensor.parts)
+        else:
+            input_tensor = self.conv_shortcut(joined(input_tensor))
         if halves:
             return _half(
                 self.norm2,
@@ -127,10 +142,10 @@ class FusedResnetBlock2D(Fused, ResnetBlock2D):
         output = input_tensor + hidden_states
         return output if self.output_scale_factor == 1 else output / self.output_scale_factor
 
-    def _as_halves(self, input_tensor: Tensor) -> bool:
+    def _as_halves(self, x: Tensor) -> bool:
         """Whether the block is two calls of ``shift_group_norm_silu_conv2d``: where a kernel that
         holds the convolution serves this device, and nothing stands around the convolutions."""
-        serving = backends.SERVING.get(input_tensor.device.type, {})
+        serving = backends.SERVING.get(x.device.type, {})
         if serving.get(backends.CONV2D, "composed") == "composed":
             # The same kernels, but their backward would compute the activation once more.
             return False
@@ -140,7 +155,7 @@ class FusedResnetBlock2D(Fused, ResnetBlock2D):
             for name, conv in (("conv1", self.conv1), ("conv2", self.conv2))
         )
 
-    def _num_frames(self, input_tensor: Tensor, temb: Tensor | None) -> int:
+    def _num_frames(self, x: Tensor, temb: Tensor | None) -> int:
         if self.spec is None:
             return 1
         if temb is None:
@@ -148,7 +163,7 @@ class FusedResnetBlock2D(Fused, ResnetBlock2D):
                 "a shifted ResnetBlock2D reads the number of clips from its time embedding, "
                 "got temb=None"
             )
-        frames, clips = input_tensor.shape[0], temb.shape[0]
+        frames, clips = x.shape[0], temb.shape[0]
         if frames % max(clips, 1):
             raise ValueError(
                 f"{frames} frames do not split over the {clips} rows of the time embedding: "
@@ -188,6 +203,25 @@ def _half(norm: Any, conv: nn.Conv2d, x: Tensor, num_frames: int, **tensors: Any
         num_frames=num_frames,
         **tensors,
     )
+
+
+def _is_pointwise(conv: nn.Module) -> bool:
+    return obstacle("conv_shortcut", conv, nn.Conv2d) is None and (
+        conv.kernel_size,
+        conv.stride,
+        conv.padding,
+        conv.groups,
+    ) == ((1, 1), (1, 1), (0, 0), 1)
+
+
+def _pointwise(conv: Any, x: Tensor, skip: Tensor) -> Tensor:
+    """``conv``, 1x1, over the channels of ``x`` and ``skip``; channels_last without a copy."""
+    filters = conv.weight.flatten(1).split((x.shape[1], skip.shape[1]), 1)
+    out = F.linear(x.movedim(1, -1), filters[0], conv.bias)  # (N, H, W, Cout)
+    # The second product adds itself to the first: a sum of two would move three more tensors.
+    rows = skip.movedim(1, -1).flatten(0, 2).to(out.dtype)
+    out.view(-1, out.shape[-1]).addmm_(rows, filters[1].t().to(out.dtype))
+    return out.movedim(-1, 1)
 
 
 class ShiftResnetBlock2D(FusedResnetBlock2D):
@@ -299,7 +333,7 @@ def fuse(
     if strict and report.left:
         reasons = "\n".join(f"  {site.name} ({site.block}): {site.what}" for site in report.left)
         raise ValueError(f"fuse(strict=True): {len(report.left)} would be left\n{reasons}")
-    _apply([step for _, steps in plan for step in steps])
+    _apply([*(step for _, steps in plan for step in steps), *_joining_steps(model)])
     for module in model.modules():
         if isinstance(module, ShiftResnetBlock2D):
             module.unshifted = FusedResnetBlock2D
@@ -321,12 +355,14 @@ def fused(
     strict: bool = False,
 ) -> Iterator[FusionReport]:
     """:func:`fuse` for the length of a ``with`` block; what was fused before stays so after it."""
-    before = {module for module in model.modules() if _is_fused(module)}
+    before = {module for module in model.modules() if _is_fused(module) or _shares(module)}
     report = fuse(model, shifts=shifts, strict=strict)
     try:
         yield report
     finally:
-        _unfuse(model, (module for module in model.modules() if module not in before))
+        added = [module for module in model.modules() if module not in before]
+        _unfuse(model, added)
+        _unshare(added)
 
 
 def _plan_blocks(model: nn.Module) -> Plan:
@@ -410,7 +446,7 @@ def _unfuse(model: nn.Module, modules: Iterable[nn.Module]) -> None:
             module.unshifted = ResnetBlock2D
         elif isinstance(module, Fused):
             exchange(module, module.plain)
-    unshare_text(model)
+    unshare_inputs(model)
 
 
 class ClipCrossAttention(Attention):
@@ -420,8 +456,10 @@ class ClipCrossAttention(Attention):
     The frames of a clip attend as one sequence (B, T*S, C), which is the same sum for every query,
     so keys and values are projected once per clip and the text is never copied per frame. Under a
     processor that may look at more than one query at a time, the text is repeated instead. Made by
-    :func:`share_text`, never constructed.
+    :func:`share_inputs`, never constructed.
     """
+
+    plain = Attention
 
     def forward(
         self,
@@ -453,10 +491,120 @@ class ClipCrossAttention(Attention):
         return output.reshape(frames, -1, output.shape[-1])
 
 
+class JoiningUpBlock:
+    """A block of diffusers' decoders whose ResNet blocks are handed hidden states and skip input as
+    they are, where an operator reads both, and not as the copy that ``torch.cat`` makes. Made by
+    :func:`share_inputs`, never constructed."""
+
+    plain: ClassVar[type[nn.Module]]
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        res_hidden_states_tuple: tuple[Tensor, ...],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        # A compiler makes the copy part of what reads it.
+        if not torch.compiler.is_compiling() and all(
+            isinstance(resnet, FusedResnetBlock2D)
+            and not obstacle("", resnet, ResnetBlock2D)
+            and resnet._as_halves(hidden_states)
+            for resnet in self.resnets  # type: ignore[attr-defined]
+        ):
+            skips: Any = tuple(map(Joined, res_hidden_states_tuple))
+            res_hidden_states_tuple = skips
+        return super().forward(  # type: ignore[misc]
+            hidden_states, res_hidden_states_tuple, *args, **kwargs
+        )
+
+
+def _joining(plain: type[nn.Module]) -> type[nn.Module]:
+    names = {"plain": plain, "__module__": __name__, "__doc__": JoiningUpBlock.__doc__}
+    return type(f"Joining{plain.__name__}", (JoiningUpBlock, plain), names)
+
+
+_JOINING = {
+    plain: _joining(plain)
+    for plain in (
+        unet_2d_blocks.UpBlock2D,
+        unet_2d_blocks.AttnUpBlock2D,
+        unet_2d_blocks.CrossAttnUpBlock2D,
+        unet_3d_blocks.UpBlock3D,
+        unet_3d_blocks.CrossAttnUpBlock3D,
+        unet_motion_model.UpBlockMotion,
+        unet_motion_model.CrossAttnUpBlockMotion,
+    )
+}
+# Where pickle looks for them.
+globals().update({cls.__name__: cls for cls in _JOINING.values()})
+
+
 def _repeat(rows: Any, count: int) -> Any:
     if isinstance(rows, Tensor):
         return rows.repeat_interleave(count, dim=0)
     return rows if rows is None else type(rows)(_repeat(row, count) for row in rows)
+
+
+class _Kept:
+    """A forward that does not run again for the tensor that it ran for last."""
+
+    def __init__(self, forward: Callable[..., Tensor]) -> None:
+        self._forward = forward
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, text: Tensor) -> Tensor:
+        if self._last is None or text is not self._last[0]:
+            self._last = text, self._forward(text)
+        return self._last[1]
+
+    def forget(self) -> None:
+        self._last = None
+
+
+@contextlib.contextmanager
+def text_kept(model: nn.Module) -> Iterator[Callable[[], None]]:
+    """For the denoising steps of one clip: in the ``with`` block every cross-attention projects a
+    text to keys and values once, and uses them again whenever it is given that very tensor.
+
+    Processors that make the text anew in every call project it every time, and a compiled model
+    does all it did.
+
+    Yields:
+        A function to call where the text or a weight may have changed in place.
+
+    Raises:
+        RuntimeError: If gradients are recorded: they would reach the first call only.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError("text_kept is for sampling: use it under torch.no_grad()")
+    compiled = any(
+        hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+        for module in model.modules()
+    )
+    projections = [
+        getattr(attention, name)
+        for attention in _attentions(model)
+        if attention.is_cross_attention and not compiled
+        for name in ("to_k", "to_v", "to_kv")
+        if getattr(attention, name, None) is not None
+    ]
+    own = [vars(projection).get("forward") for projection in projections]
+    kept = [_Kept(projection.forward) for projection in projections]
+    for projection, forward in zip(projections, kept, strict=True):
+        projection.forward = forward
+
+    def forget() -> None:
+        for forward in kept:
+            forward.forget()
+
+    try:
+        yield forget
+    finally:
+        for projection, forward in zip(projections, own, strict=True):
+            del projection.forward
+            if forward is not None:
+                projection.forward = forward
 
 
 def _plan_text(model: nn.Module) -> tuple[list, list[str]]:
@@ -563,21 +711,36 @@ def shifted_channels(block: ResnetBlock2D, placement: Placement) -> int:
     )
 
 
-def share_text(model: nn.Module) -> None:
-    """Lets every cross-attention of ``model`` take text (B, L, D) for frames (B*T, ...), in
-    place."""
+def share_inputs(model: nn.Module) -> None:
+    """Spares ``model`` copies of what its blocks are given, in place: every cross-attention takes
+    text (B, L, D) for frames (B*T, ...), and decoder blocks are :class:`JoiningUpBlock`."""
     _apply((attention, ClipCrossAttention) for attention in _attentions(model))
+    _apply(_joining_steps(model))
 
 
-def unshare_text(model: nn.Module) -> None:
-    """Takes :func:`share_text` back, in place, once nothing in ``model`` is fused or shifted any
+def unshare_inputs(model: nn.Module) -> None:
+    """Takes :func:`share_inputs` back, in place, once nothing in ``model`` is fused or shifted any
     more."""
-    if any(isinstance(module, Fused) for module in model.modules()):
-        return
-    _apply((attention, Attention) for attention in _attentions(model))
-    for module in model.modules():
+    if not any(isinstance(module, Fused) for module in model.modules()):
+        _unshare(model.modules())
+
+
+def _joining_steps(model: nn.Module) -> Iterator[Step]:
+    for block in model.modules():
+        if type(block) in _JOINING:
+            yield block, _JOINING[type(block)]
+
+
+def _shares(module: nn.Module) -> bool:
+    return isinstance(module, (ClipCrossAttention, JoiningUpBlock)) or bool(_text_hooks(module))
+
+
+def _unshare(modules: Iterable[nn.Module]) -> None:
+    for module in filter(_shares, list(modules)):
         for key in _text_hooks(module):
             del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
+        if isinstance(module, (ClipCrossAttention, JoiningUpBlock)):
+            exchange(module, module.plain)
 
 
 def _attentions(model: nn.Module) -> Iterator[Attention]:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from .. import functional
@@ -83,6 +84,43 @@ class FusedShift(Fused):
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         return _rebuild, (self.plain, type(self).describe), self.__dict__
+
+
+class Joined:
+    """Tensors (N, C_i, H, W) whose channels stand for those of one: what ``torch.cat`` along
+    channels makes of a tensor and one of these, without the copy. To everything else it is that
+    copy."""
+
+    def __init__(self, *parts: Tensor) -> None:
+        self.parts = parts
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.cat and (*args[1:], *kwargs.values()) == (1,):
+            return cls(*(part for tensor in args[0] for part in parts_of(tensor)))
+        if func is torch.cat:
+            args = [joined(tensor) for tensor in args[0]], *args[1:]
+        return func(*map(joined, args), **{name: joined(value) for name, value in kwargs.items()})
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # what copy and pickle ask for, before there are parts
+            raise AttributeError(name)
+        return getattr(joined(self), name)
+
+
+def parts_of(tensor: Any) -> tuple[Tensor, ...]:
+    """The tensors that ``tensor`` is made of."""
+    return tensor.parts if isinstance(tensor, Joined) else (tensor,)
+
+
+def joined(value: Any) -> Any:
+    """``value``, as one tensor if it is :class:`Joined`."""
+    if not isinstance(value, Joined):
+        return value
+    return value.parts[0] if len(value.parts) == 1 else torch.cat(value.parts, 1)
 
 
 @functools.cache

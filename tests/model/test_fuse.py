@@ -14,10 +14,10 @@ from diffusers.models.resnet import ResnetBlock2D, TemporalConvLayer
 from torch import nn
 
 from latent_shift.unet import LatentShiftUNet, insert_shift, remove_shift
-from latent_shift_kernels import ShiftSpec
+from latent_shift_kernels import ShiftSpec, backends, functional
 from latent_shift_kernels.integrations import diffusers as integration
-from latent_shift_kernels.integrations.diffusers import fuse, fused, unfuse
-from latent_shift_kernels.integrations.fusion import AppliedSiLU, FusedShift, GroupNormSiLU
+from latent_shift_kernels.integrations.diffusers import fuse, fused, text_kept, unfuse
+from latent_shift_kernels.integrations.fusion import AppliedSiLU, FusedShift, GroupNormSiLU, Joined
 from latent_shift_kernels.integrations.source import activated, fingerprint
 
 from . import zoo
@@ -243,6 +243,120 @@ def test_hooks_on_blocks_and_convolutions_see_the_same():
     torch.testing.assert_close(torch.stack(seen), before, rtol=1e-4, atol=1e-4)
 
 
+# A kernel that holds the convolution: the block as two calls, the skip input beside x.
+
+
+@pytest.fixture
+def halves(monkeypatch):
+    """Has blocks call the operator as where such a kernel serves; the list of the skip inputs that
+    it was given."""
+    monkeypatch.setitem(backends.SERVING["cpu"], backends.CONV2D, "cpu")
+    given, operator = [], functional.shift_group_norm_silu_conv2d
+
+    def recorded(*args, skip=None, **kwargs):
+        given.append(skip)
+        return operator(*args, skip=skip, **kwargs)
+
+    monkeypatch.setattr(functional, "shift_group_norm_silu_conv2d", recorded)
+    return given
+
+
+WITH_SKIPS = {
+    "unet2d_condition": lambda model: None,
+    "unet3d": lambda model: None,
+    "unet_motion": lambda model: None,
+    "free-u": lambda model: model.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4),
+    "checkpointing": lambda model: model.train().enable_gradient_checkpointing(),
+}
+
+
+@pytest.mark.parametrize("case", WITH_SKIPS)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_blocks_as_two_operators(case, layout, halves):
+    name = case if case in zoo.ZOO else "unet2d_condition"
+    args = zoo.arguments(name)
+    model, plain = zoo.build(name), zoo.build(name)
+    for each in (model, plain):
+        for convolution in filter(lambda module: isinstance(module, nn.Conv2d), each.modules()):
+            convolution.to(memory_format=layout)
+        WITH_SKIPS[case](each)
+    fuse(model, strict=True)
+    torch.testing.assert_close(run(model, args), run(plain, args), rtol=1e-4, atol=1e-4)
+    blocks = [block for block in model.modules() if isinstance(block, ResnetBlock2D)]
+    decoders = [
+        block for name, block in model.named_modules() if re.search(r"up.*resnets\.\d$", name)
+    ]
+    assert len(halves) == 2 * len(blocks)
+    # FreeU computes with both, so they are tensors before they are joined
+    skips = 0 if case == "free-u" else len(decoders)
+    assert sum(skip is not None for skip in halves) == skips and decoders
+    torch.testing.assert_close(gradients(model, args), gradients(plain, args), rtol=1e-3, atol=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, eager = run(model, args), run(plain, args)
+    assert error(ours, run(plain, args).double()) <= 2 * error(eager, run(plain, args).double())
+    unfuse(model)
+    assert state(model) == state(plain)
+
+
+def test_a_compiler_sees_the_concatenation(halves):
+    model = zoo.build("unet2d_condition")
+    fuse(model)
+    block = model.up_blocks[0]
+    torch.manual_seed(0)
+    args = torch.randn(2, 64, 4, 4), (torch.randn(2, 32, 4, 4), torch.randn(2, 64, 4, 4))
+    temb = torch.randn(2, model.time_embedding.linear_2.out_features)
+    expected = block(*args, temb)
+    assert any(skip is not None for skip in halves)
+    halves.clear()
+    compiled = torch.compile(block, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*args, temb), expected, rtol=1e-4, atol=1e-4)
+    assert halves and all(skip is None for skip in halves)
+
+
+def test_blocks_that_cannot_read_two_inputs_are_given_one(halves):
+    """A hook would see something other than a tensor; dropout stands between the convolutions."""
+    seen = []
+
+    def hook(block):
+        block.register_forward_pre_hook(lambda _, inputs: seen.append(type(inputs[0])))
+
+    def drop(block):
+        block.dropout.p = 0.5
+
+    for change in (hook, drop):
+        model, args = zoo.build("unet2d_condition").train(), zoo.arguments("unet2d_condition")
+        change(model.up_blocks[1].resnets[0])
+        fuse(model, strict=True)
+        halves.clear()
+        run(model, args)
+        assert sum(skip is not None for skip in halves) == len(model.up_blocks[0].resnets)
+    assert seen == [torch.Tensor]
+
+
+def test_a_shortcut_of_another_kind_gets_one_tensor(halves):
+    peft = pytest.importorskip("peft")
+    model, args = zoo.build("unet2d_condition"), zoo.arguments("unet2d_condition")
+    config = peft.LoraConfig(target_modules=["conv_shortcut"], init_lora_weights=False)
+    model.add_adapter(config)
+    expected = run(model, args)
+    fuse(model)
+    torch.testing.assert_close(run(model, args), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_joined_channels_are_one_tensor_to_everything_else():
+    x, skip = torch.randn(2, 3, 4, 4), torch.randn(2, 5, 4, 4)
+    both = torch.cat([x, Joined(skip)], dim=1)
+    assert isinstance(both, Joined) and both.parts == (x, skip)
+    expected = torch.cat([x, skip], 1)
+    assert both.shape == expected.shape and torch.equal(both.relu(), expected.relu())
+    assert torch.equal(x.new_ones(1) * both, expected)
+    assert torch.equal(torch.cat([both, both], dim=0), torch.cat([expected, expected]))
+    assert torch.equal(nn.functional.silu(both), nn.functional.silu(expected))
+    again = torch.cat((both, x), 1)
+    assert [part.shape[1] for part in again.parts] == [3, 5, 3]
+    assert copy.deepcopy(both).shape == expected.shape
+
+
 # The shift.
 
 
@@ -360,6 +474,33 @@ def test_text_is_projected_once_per_clip(name):
         if isinstance(block, BasicTransformerBlock) and block.attn2.is_cross_attention:
             block.attn2.set_processor(Own())
     torch.testing.assert_close(run(model, args), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_text_is_projected_once_for_all_steps():
+    """Counts what the projections compute; a text that changed is projected again."""
+    model = insert_shift(zoo.build("unet2d_condition"))
+    plain = state(model)
+    (sample, timestep, text), computed = zoo.arguments("unet2d_condition"), []
+    attentions = (module for module in model.modules() if isinstance(module, Attention))
+    linear = next(module for module in attentions if module.is_cross_attention).to_k
+    linear.forward = lambda given: computed.append(given) or nn.Linear.forward(linear, given)
+    other = torch.randn_like(text)
+    texts = (text, text, other, other, text)
+    expected = [run(model, (sample, timestep, given)) for given in texts]
+    assert len(computed) == 5
+    computed.clear()
+    with torch.no_grad(), text_kept(model) as forget:
+        for given, result in zip(texts, expected, strict=True):
+            assert torch.equal(run(model, (sample, timestep, given)), result)
+        assert len(computed) == 3
+        text.mul_(2)
+        forget()
+        changed = run(model, (sample, timestep, text))
+    assert torch.equal(run(model, (sample, timestep, text)), changed)
+    del linear.forward
+    assert state(model) == plain
+    with pytest.raises(RuntimeError, match="no_grad"), text_kept(model):
+        pass
 
 
 # What is left, and why.

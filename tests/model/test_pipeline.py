@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
+from torch import nn
 
 from latent_shift import LatentShiftPipeline, LatentShiftUNet, ShiftConfig, insert_shift
 from tests.model import tiny
@@ -365,6 +367,28 @@ def test_callback_sees_every_step_and_may_replace_tensors(shared):
     assert out.frames.shape == (1, 4, 3, 8, 8) and not out.frames.any()
 
 
+def test_keys_of_the_text_serve_all_steps_unless_a_callback_may_change_them(shared):
+    attentions = (module for module in shared.unet.modules() if isinstance(module, Attention))
+    linear = next(module for module in attentions if module.is_cross_attention).to_k
+    computed = []
+    linear.forward = lambda text: computed.append(len(text)) or nn.Linear.forward(linear, text)
+    try:
+        kept = shared("a red circle", num_frames=3, seed=0, **FAST).frames
+        assert computed == [2]
+
+        def change(pipe, step, timestep, tensors):
+            linear.weight.mul_(1.5)
+            return {}
+
+        weight = linear.weight.clone()
+        computed.clear()
+        changed = shared("a red circle", num_frames=3, seed=0, callback_on_step_end=change, **FAST)
+        linear.weight.data.copy_(weight)
+        assert computed == [2, 2, 2] and not np.array_equal(changed.frames, kept)
+    finally:
+        del linear.forward
+
+
 def test_interrupt_stops_after_the_step(shared):
     steps = []
 
@@ -490,7 +514,7 @@ SD15_VAE = {
 }
 
 
-def random_weights(cls: type, config: dict) -> torch.nn.Module:
+def random_weights(cls: type, config: dict) -> nn.Module:
     """A model with random weights, without the minute that drawing every one of them takes."""
     with torch.device("meta"):
         model = cls(**config)
