@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -172,62 +172,6 @@ def held_out_prompts(
                 found.append(caption(truth, random.Random(f"{seed}/{index}"), image=image))
                 break
     return found
-
-
-def evaluate(
-    generate: Callable[..., Any],
-    num_prompts: int = 256,
-    *,
-    num_frames: int = 16,
-    split: str = "held_out",
-    batch_size: int = 16,
-    seed: int = 0,
-    guidance_scale: float = 3.0,
-    num_inference_steps: int = 25,
-    **call: Any,
-) -> dict[str, float]:
-    """Generates clips for captions of a split and scores them.
-
-    Args:
-        generate: a `LatentShiftPipeline`, or anything called the same way.
-        num_prompts: how many captions.
-        num_frames: frames a clip; 1 takes image captions, and no motion is scored.
-        split: "held_out", "train" or "all" combinations of colour, shape and direction.
-        batch_size: clips generated at once.
-        seed: chooses captions and noise; clip i has its own generator, so the batch size does not
-            matter.
-        **call: passed on to the pipeline.
-
-    Returns:
-        As `score_prompts`.
-    """
-    prompts = held_out_prompts(num_prompts, seed, split=split, image=num_frames == 1)
-    clips: list[Tensor] = []
-    for start in range(0, num_prompts, batch_size):
-        chunk = prompts[start : start + batch_size]
-        noise = [
-            torch.Generator().manual_seed(seed * 1_000_003 + start + row)
-            for row in range(len(chunk))
-        ]
-        result = generate(
-            [prompt.text for prompt in chunk],
-            num_frames=num_frames,
-            guidance_scale=guidance_scale,
-            num_inference_steps=num_inference_steps,
-            generator=noise,
-            output_type="pt",
-            **call,
-        )
-        frames = result.frames if hasattr(result, "frames") else result
-        clips.extend(torch.as_tensor(frames).float().cpu())
-    return score_prompts(clips, prompts)
-
-
-def real_scores(number: int = 256, seed: int = 1, num_frames: int = 16) -> dict[str, float]:
-    """Scores real clips against their own captions: the ceiling of every score."""
-    data = MovingShapes(seed, split="all", num_frames=num_frames)
-    clips = [data.sample(index) for index in range(number)]
-    return score_prompts([clip.frames for clip in clips], [clip.prompt for clip in clips])
 
 
 def score_clip(frames: Tensor, prompt: Prompt) -> dict[str, float]:

@@ -22,10 +22,14 @@ from typing import Any
 
 import torch
 from scipy import stats
+from torch import Tensor
 
+from latent_shift.evaluation.moving_shapes import held_out_prompts
+from latent_shift.pipeline import LatentShiftPipeline
 from latent_shift.training.config import Recipe, load_recipe
 from latent_shift.training.export import load_run
 from latent_shift.training.trainer import train
+from latent_shift.video import write_sheet
 
 SCORES = ("direction", "colour", "shape", "size", "background")
 CONSTANT = ("colour_constant", "shape_constant")
@@ -51,6 +55,8 @@ ARMS = (
     Arm("quarters", "quarters (TSM)", ("video.preset=tsm", "video.fold_div=4")),
     Arm("eighths", "eighths (TSM)", ("video.preset=tsm", "video.fold_div=8")),
 )
+
+IMAGE = Arm("image", "the image model that all start from")
 
 
 def recipe_of(arm: Arm, seed: int, source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -97,7 +103,8 @@ def reproduce(
 
 
 def measure(root: Path, recipe: Recipe) -> dict[str, float]:
-    """What an arm costs: parameters, seconds a training step, seconds to sample one clip."""
+    """What an arm costs: parameters, seconds a training step, megabytes that one clip keeps for its
+    backward pass, seconds to sample a clip."""
     folder = root / f"video-{recipe.video.run}"
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     pairs = [
@@ -111,11 +118,36 @@ def measure(root: Path, recipe: Recipe) -> dict[str, float]:
     pipe("a red circle", seed=0, num_inference_steps=2)
     began = time.perf_counter()
     pipe("a red circle moving right", seed=0)
+    seconds = time.perf_counter() - began
     return {
         "parameters": sum(parameter.numel() for parameter in pipe.unet.parameters()),
         "seconds_per_step": statistics.median(pairs) if pairs else math.nan,
-        "seconds_per_clip": time.perf_counter() - began,
+        "megabytes_for_backward": kept_for_backward(pipe, recipe) / 1e6,
+        "seconds_per_clip": seconds,
     }
+
+
+def kept_for_backward(pipe: LatentShiftPipeline, recipe: Recipe) -> int:
+    """Bytes that the U-Net keeps of one clip between its forward and its backward pass, parameters
+    aside: a count, the same on every machine."""
+    unet, data = pipe.unet.train(), recipe.data
+    own = {parameter.untyped_storage().data_ptr() for parameter in unet.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    text, _ = pipe.encode_prompt("a red circle moving right", unet.device, 1, False)
+    side = recipe.latent_size
+    clip = torch.randn(1, unet.config.in_channels, data.num_frames, side, side).to(unet.device)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = unet(clip, torch.tensor([500]).to(unet.device), text, added_cond_kwargs={}).sample
+    # held until here: nothing that was counted may have been freed and its address given away
+    del output
+    return sum(kept.values())
 
 
 def results(root: Path, arms: Sequence[Arm] = ARMS) -> dict[str, list[dict[str, Any]]]:
@@ -123,6 +155,8 @@ def results(root: Path, arms: Sequence[Arm] = ARMS) -> dict[str, list[dict[str, 
     path = root / "scores.json"
     scores = json.loads(path.read_text()) if path.exists() else {}
     found: dict[str, list[dict[str, Any]]] = {}
+    if image := [entry["scores"] for entry in scores.get("image", []) if entry["last"]]:
+        found[IMAGE.name] = [{f"image/{key}": value for key, value in image[-1].items()}]
     for arm in arms:
         for folder in sorted(root.glob(f"video-{arm.name}-[0-9]*")):
             last = [entry for entry in scores.get(folder.name, []) if entry["last"]]
@@ -156,6 +190,7 @@ def tables(found: dict[str, list[dict[str, Any]]], arms: Sequence[Arm] = ARMS) -
         "cost": {
             "parameters": "parameters",
             "seconds_per_step": "s a step",
+            "megabytes_for_backward": "MB kept a clip",
             "seconds_per_clip": "s a clip",
         },
     }
@@ -165,7 +200,8 @@ def tables(found: dict[str, list[dict[str, Any]]], arms: Sequence[Arm] = ARMS) -
             f"| {title} | seeds | " + " | ".join(keys.values()) + " |",
             "|---" * (len(keys) + 2) + "|",
         ]
-        for arm in arms:
+        first = [IMAGE] if title == "single frames" else []
+        for arm in [*first, *arms]:
             rows = found.get(arm.name, [])
             cells = ["not run"] * len(keys)
             if rows:
@@ -176,11 +212,14 @@ def tables(found: dict[str, list[dict[str, Any]]], arms: Sequence[Arm] = ARMS) -
 
 
 def curves(root: Path, path: Path, arms: Sequence[Arm] = ARMS) -> None:
-    """Draws the training loss of every arm over its steps."""
+    """Draws the training loss of every arm over its steps, and how many of its clips move the right
+    way (mean and range of the seeds)."""
     from matplotlib import pyplot  # needed for nothing else
 
-    figure, axes = pyplot.subplots(figsize=(7, 4))
+    scores = json.loads((root / "scores.json").read_text())
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4))
     for number, arm in enumerate(arms):
+        colour, at = f"C{number}", dict[int, list[float]]()
         for folder in sorted(root.glob(f"video-{arm.name}-[0-9]*")):
             lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
             steps, losses = [], []
@@ -189,13 +228,59 @@ def curves(root: Path, path: Path, arms: Sequence[Arm] = ARMS) -> None:
                 running = line["loss"] if running is None else 0.98 * running + 0.02 * line["loss"]
                 steps.append(line["step"])
                 losses.append(running)
-            label = arm.title if folder.name.endswith("-0") else None
-            axes.plot(steps, losses, color=f"C{number}", label=label, linewidth=1)
-    axes.set(xlabel="step", ylabel="loss, moving average", yscale="log")
-    axes.legend(fontsize=7)
+            left.plot(steps, losses, color=colour, linewidth=0.8)
+            for entry in scores.get(folder.name, []):
+                at.setdefault(entry["step"], []).append(entry["scores"].get("direction", math.nan))
+        steps = sorted(at)
+        right.plot(
+            steps,
+            [statistics.fmean(at[step]) for step in steps],
+            color=colour,
+            label=arm.title,
+            marker=".",
+        )
+        right.fill_between(
+            steps,
+            [min(at[step]) for step in steps],
+            [max(at[step]) for step in steps],
+            color=colour,
+            alpha=0.15,
+            linewidth=0,
+        )
+    left.set(xlabel="step", ylabel="loss, moving average", yscale="log")
+    right.set(xlabel="step", ylabel="direction right", ylim=(0, 1))
+    right.legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def clips(
+    root: Path,
+    path: Path,
+    source: str | Path,
+    overrides: Sequence[str] = (),
+    arms: Sequence[Arm] = ARMS,
+    number: int = 3,
+) -> None:
+    """Writes one picture of what the first seed of every finished arm draws for the same captions
+    and noise; the captions are the first of the held-out ones, not picked."""
+    texts = [prompt.text for prompt in held_out_prompts(number, seed=5)]
+    drawn: dict[str, list] = {}
+    for arm in arms:
+        if (root / f"video-{arm.name}-0" / "unet").exists():
+            pipe = load_run(root, f"video-{arm.name}-0", recipe_of(arm, 0, source, overrides))
+            pipe.set_progress_bar_config(disable=True)
+            output: Any = pipe(texts, seed=5, output_type="np")
+            drawn[arm.title] = output.to_uint8()
+    lines = [(text, title, drawn[title][i]) for i, text in enumerate(texts) for title in drawn]
+    if lines:
+        write_sheet(
+            [clip for *_, clip in lines],
+            path,
+            captions=[f"{title}: {text}" for text, title, _ in lines],
+            scale=2,
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -205,18 +290,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     names = [arm.name for arm in ARMS]
     parser.add_argument("overrides", nargs="*", metavar="TABLE.KEY=VALUE")
-    parser.add_argument("--recipe", default="embedded", help="a TOML file, or a recipe's name")
+    parser.add_argument("--recipe", default="reproduce", help="a TOML file, or a recipe's name")
     parser.add_argument("--output", type=Path, default=Path("runs/reproduce"))
     parser.add_argument("--arm", nargs="+", choices=names, default=names)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--max-seconds", type=float)
-    parser.add_argument("--report", type=Path, help="only write PATH.md and PATH.png")
+    parser.add_argument(
+        "--report", type=Path, help="only write PATH.md, PATH.png and PATH-clips.png"
+    )
     args = parser.parse_args(argv)
     arms = [arm for arm in ARMS if arm.name in args.arm]
     if args.report:
         args.report.parent.mkdir(parents=True, exist_ok=True)
         args.report.with_suffix(".md").write_text(tables(results(args.output)))
         curves(args.output, args.report.with_suffix(".png"))
+        sheet = args.report.with_name(f"{args.report.name}-clips.png")
+        clips(args.output, sheet, args.recipe, args.overrides)
         return 0
     done = reproduce(
         args.recipe,

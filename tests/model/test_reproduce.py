@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 
 from latent_shift.temporal import LatentVDMUNet
 from latent_shift.training import reproduce
@@ -49,13 +50,17 @@ def test_every_arm_is_its_own(root, recipe):
             assert not torch.equal(one, other)
 
 
-def test_the_report_holds_what_ran_and_names_what_did_not(root, tmp_path):
+def test_the_report_holds_what_ran_and_names_what_did_not(root, recipe, tmp_path):
     report = tmp_path / "report"
-    assert reproduce.main(["--output", str(root), "--report", str(report)]) == 0
+    call = ["--output", str(root), "--recipe", str(recipe), "--report", str(report)]
+    assert reproduce.main(call) == 0
     text = report.with_suffix(".md").read_text()
     found = reproduce.results(root)
-    assert set(found) == {arm.name for arm in ARMS}
+    image = found.pop("image")
+    assert set(found) == {arm.name for arm in ARMS} and 0.0 <= image[0]["image/colour"] <= 1.0
     assert all(len(rows) == 2 for rows in found.values())
+    kept = {name: rows[0]["megabytes_for_backward"] for name, rows in found.items()}
+    assert kept["vdm"] > kept["shift"] >= kept["none"] > 0
     for row in (row for rows in found.values() for row in rows):
         assert row["seconds_per_step"] > 0 and row["seconds_per_clip"] > 0
         assert 0.0 <= row["image/colour"] <= 1.0
@@ -64,6 +69,8 @@ def test_the_report_holds_what_ran_and_names_what_did_not(root, tmp_path):
     rows = [line for line in text.splitlines() if line.startswith("| quarters")]
     assert len(rows) == 4 and all("not run" in row for row in rows)
     assert report.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    sheet = Image.open(tmp_path / "report-clips.png")
+    assert sheet.height > 3 * len(ARMS) * 64  # frames of 32 pixels, twice as large
 
 
 def test_an_interval_is_students():
