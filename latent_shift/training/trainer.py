@@ -8,6 +8,7 @@ as one that was not.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -166,7 +167,8 @@ def make_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]]) -> tor
     Raises:
         TrainingError: bitsandbytes is not installed.
     """
-    kind: Any = torch.optim.AdamW
+    # Over hundreds of small tensors the default takes a tenth of a training step on a CPU.
+    kind: Any = functools.partial(torch.optim.AdamW, fused=True)
     if config.kind == "adamw8bit":
         try:
             from bitsandbytes.optim import AdamW8bit
