@@ -1,6 +1,6 @@
 """Makes the pictures of generated clips in the README and the docs.
 
-    python docs/figures/gallery.py                                # gallery.gif and gallery.png
+    python docs/figures/gallery.py                                # the model in the package
     python docs/figures/gallery.py --model runs/shift --model runs/none --output ablation
 
 Captions are of combinations of colour, shape and direction that were never trained on, in the order
@@ -30,7 +30,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", action="append", help="embedded (default), a folder; repeatable")
-    parser.add_argument("--output", default="gallery", help="name beside this file, no suffix")
+    parser.add_argument("--output", default="embedded_gallery", help="name beside this file, no suffix")
     parser.add_argument("--number", type=int, default=8, help="captions")
     parser.add_argument("--columns", type=int, default=4, help="of the moving picture")
     parser.add_argument("--seed", type=int, default=0, help="chooses captions and noise")
