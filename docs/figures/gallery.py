@@ -30,7 +30,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", action="append", help="embedded (default), a folder; repeatable")
-    parser.add_argument("--output", default="embedded_gallery", help="name beside this file, no suffix")
+    parser.add_argument(
+        "--output", default="embedded_gallery", help="name beside this file, no suffix"
+    )
     parser.add_argument("--number", type=int, default=8, help="captions")
     parser.add_argument("--columns", type=int, default=4, help="of the moving picture")
     parser.add_argument("--seed", type=int, default=0, help="chooses captions and noise")
