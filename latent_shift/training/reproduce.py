@@ -152,8 +152,7 @@ def kept_for_backward(pipe: LatentShiftPipeline, recipe: Recipe) -> int:
 
 def results(root: Path, arms: Sequence[Arm] = ARMS) -> dict[str, list[dict[str, Any]]]:
     """Per arm, what its finished seeds scored and cost."""
-    path = root / "scores.json"
-    scores = json.loads(path.read_text()) if path.exists() else {}
+    scores = _scores(root)
     found: dict[str, list[dict[str, Any]]] = {}
     if image := [entry["scores"] for entry in scores.get("image", []) if entry["last"]]:
         found[IMAGE.name] = [{f"image/{key}": value for key, value in image[-1].items()}]
@@ -164,6 +163,12 @@ def results(root: Path, arms: Sequence[Arm] = ARMS) -> dict[str, list[dict[str, 
                 costs = json.loads((folder / "costs.json").read_text())
                 found.setdefault(arm.name, []).append(last[-1]["scores"] | costs)
     return found
+
+
+def _scores(root: Path) -> dict[str, list[dict[str, Any]]]:
+    """Stage -> its evaluations; of a run that has none yet, nothing."""
+    path = root / "scores.json"
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def interval(values: Sequence[float]) -> str:
@@ -216,7 +221,7 @@ def curves(root: Path, path: Path, arms: Sequence[Arm] = ARMS) -> None:
     way (mean and range of the seeds)."""
     from matplotlib import pyplot  # needed for nothing else
 
-    scores = json.loads((root / "scores.json").read_text())
+    scores = _scores(root)
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4))
     for number, arm in enumerate(arms):
         colour, at = f"C{number}", dict[int, list[float]]()

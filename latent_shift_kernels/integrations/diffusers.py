@@ -508,8 +508,8 @@ class JoiningUpBlock:
         # A compiler makes the copy part of what reads it.
         if not torch.compiler.is_compiling() and all(
             isinstance(resnet, FusedResnetBlock2D)
-            and not obstacle("", resnet, ResnetBlock2D)
             and resnet._as_halves(hidden_states)
+            and not obstacle("", resnet, ResnetBlock2D)
             for resnet in self.resnets  # type: ignore[attr-defined]
         ):
             skips: Any = tuple(map(Joined, res_hidden_states_tuple))
@@ -569,6 +569,9 @@ def text_kept(model: nn.Module) -> Iterator[Callable[[], None]]:
 
     Processors that make the text anew in every call project it every time, and a compiled model
     does all it did.
+
+    Args:
+        model: A diffusers model, fused, shifted or plain, whose text is (B, L, D).
 
     Yields:
         A function to call where the text or a weight may have changed in place.

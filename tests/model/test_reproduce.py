@@ -73,6 +73,13 @@ def test_the_report_holds_what_ran_and_names_what_did_not(root, recipe, tmp_path
     assert sheet.height > 3 * len(ARMS) * 64  # frames of 32 pixels, twice as large
 
 
+def test_the_report_of_nothing_says_so(recipe, tmp_path):
+    call = ["--output", str(tmp_path / "none"), "--recipe", str(recipe)]
+    assert reproduce.main([*call, "--report", str(tmp_path / "report")]) == 0
+    assert "not run" in (tmp_path / "report.md").read_text()
+    assert not (tmp_path / "report-clips.png").exists()
+
+
 def test_an_interval_is_students():
     assert reproduce.interval([0.5]) == reproduce.interval([0.5, float("nan")]) == "0.5"
     assert reproduce.interval([]) == "–"
