@@ -36,7 +36,6 @@ import torch
 import torch._functorch.config as functorch_config
 import torch.nn.functional as F
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
@@ -102,7 +101,11 @@ class Case:
     cache: str
 
     def __str__(self) -> str:
-        return f"{self.op.name} {self.direction}, {self.site.name}, {self.dtype} {self.layout}"
+        frames = self.site.shape[0]
+        return (
+            f"{self.op.name} {self.direction}, {self.site.name}, {frames} frames, {self.dtype} "
+            f"{self.layout}, {self.cache} cache"
+        )
 
 
 # Providers.
@@ -414,7 +417,7 @@ def parser() -> argparse.ArgumentParser:
         help="further providers: a Python file with a dict PROVIDERS as in this file",
     )
     parser.add_argument("--quick", action="store_true", help="one small site, nothing compiled")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write environment and rows")
+    command.add_output_options(parser)
     parser.add_argument("--plot", type=Path, metavar="PATH", help="draw the speed-ups over roll")
     return parser
 
@@ -456,18 +459,6 @@ def plan(args: argparse.Namespace) -> Plan:
         device=torch.device(device),
         seconds=0.3 if args.quick or gpu else 1.0,
     )
-
-
-def run(plan: Plan, console: Console) -> list[dict[str, Any]]:
-    """Measures every case behind a progress bar."""
-    rows: list[dict[str, Any]] = []
-    with command.progress_bar(console) as progress:
-        task = progress.add_task("", total=len(plan.cases))
-        for case in plan.cases:
-            progress.update(task, description=str(case))
-            rows += measure(case, plan.providers_of(case), plan.device, plan.seconds)
-            progress.advance(task)
-    return rows
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
@@ -547,16 +538,24 @@ def main(argv: list[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     console = command.make_console()
-    where = environment(todo.device)
-    console.print(heading(where, todo.device), highlight=False)
+    try:
+        results = command.Results(environment(todo.device), args)
+    except ValueError as other:
+        print(f"{options.prog}: {other}", file=sys.stderr)
+        return 2
+    console.print(heading(results.where, todo.device), highlight=False)
+
+    def rows_of(case: Case) -> command.Rows:
+        return measure(case, todo.providers_of(case), todo.device, todo.seconds)
+
     # A graph that is differentiated many times must keep its buffers.
     with functorch_config.patch(donated_buffer=False):
-        rows = run(todo, console)
-    code = command.report(rows, table(rows), where, console, args.json)
+        results.measure(todo.cases, rows_of, console)
+    code = results.report(table(results.rows), console)
     if args.plot:
         from plot import draw_speedups  # matplotlib is needed for nothing else
 
-        draw_speedups(rows, where, args.plot)
+        draw_speedups(results.rows, results.where, args.plot)
     return code
 
 

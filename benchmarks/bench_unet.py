@@ -47,7 +47,6 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel, UNet3DConditionModel, UNetMotionModel
 from diffusers.models.resnet import ResnetBlock2D
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
@@ -115,7 +114,10 @@ class Case:
     direction: str
 
     def __str__(self) -> str:
-        return f"{self.model} {self.part}, {self.resolution} px, {self.dtype} {self.direction}"
+        return (
+            f"{self.model} {self.part}, {self.resolution} px, {self.clips} clips, {self.dtype} "
+            f"{self.direction}"
+        )
 
 
 @dataclass(frozen=True)
@@ -490,7 +492,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; default torch's")
     parser.add_argument("--seconds", type=float, metavar="S", help="timed a case; default 5, or 1")
     parser.add_argument("--quick", action="store_true", help="the smallest block, tiny U-Nets")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write environment and rows")
+    command.add_output_options(parser)
     return parser
 
 
@@ -528,18 +530,6 @@ def plan(args: argparse.Namespace) -> Plan:
         device=torch.device(device),
         seconds=args.seconds or (1.0 if args.quick else 5.0),
     )
-
-
-def run(todo: Plan, console: Console) -> list[dict[str, Any]]:
-    """Measures every case behind a progress bar."""
-    rows: list[dict[str, Any]] = []
-    with command.progress_bar(console) as progress:
-        task = progress.add_task("", total=len(todo.cases))
-        for case in todo.cases:
-            progress.update(task, description=str(case))
-            rows += measure(case, todo.providers, todo.device, todo.seconds)
-            progress.advance(task)
-    return rows
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
@@ -595,10 +585,18 @@ def main(argv: list[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     console = command.make_console()
-    where = environment(todo.device)
-    console.print(command.machine(where), highlight=False)
-    rows = run(todo, console)
-    return command.report(rows, table(rows), where, console, args.json)
+    try:
+        results = command.Results(environment(todo.device), args)
+    except ValueError as other:
+        print(f"{options.prog}: {other}", file=sys.stderr)
+        return 2
+    console.print(command.machine(results.where), highlight=False)
+
+    def rows_of(case: Case) -> command.Rows:
+        return measure(case, todo.providers, todo.device, todo.seconds)
+
+    results.measure(todo.cases, rows_of, console)
+    return results.report(table(results.rows), console)
 
 
 if __name__ == "__main__":

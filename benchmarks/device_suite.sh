@@ -1,6 +1,6 @@
 #!/bin/bash
-# Everything that needs a GPU, in parts that each stay under nine minutes and resume where they
-# stopped:
+# Everything that needs a GPU, in parts that are stopped after nine minutes; run again, a benchmark
+# goes on with the cases that it has no rows of:
 #
 #   benchmarks/device_suite.sh                 # every part that has not passed yet
 #   benchmarks/device_suite.sh build matrix    # these parts
@@ -65,7 +65,7 @@ bench() { # resolution, name, further options
   local resolution=$1 name=$2
   shift 2
   $PYTHON benchmarks/bench_shift.py --device cuda --resolution "$resolution" --cache both \
-    ${PEERS:+--peers "$PEERS"} --json "$OUT/$name.json" --plot "$OUT/$name.png" "$@"
+    ${PEERS:+--peers "$PEERS"} --resume --json "$OUT/$name.json" --plot "$OUT/$name.png" "$@"
 }
 
 bench256() { bench 256 bench_shift_256 --frames 16 32; }
@@ -75,7 +75,7 @@ bench512() { bench 512 bench_shift_512 --frames 32 64 --site down0.res down1.res
 unets() { # name, further options
   local name=$1
   shift
-  $PYTHON benchmarks/bench_unet.py --device cuda --json "$OUT/$name.json" "$@"
+  $PYTHON benchmarks/bench_unet.py --device cuda --resume --json "$OUT/$name.json" "$@"
 }
 
 EAGER="latent-shift roll tsm image image+fuse vdm unet3d unet3d+fuse motion motion+fuse"

@@ -99,6 +99,39 @@ def test_a_provider_that_raises_is_a_row(bench, monkeypatch, tmp_path):
     assert row["note"] == "RuntimeError: no compiler"
 
 
+def test_a_run_that_is_cut_off_goes_on(bench, monkeypatch, tmp_path, capsys):
+    path, measure, measured = tmp_path / "rows.json", bench.measure, []
+
+    def cut_off(case, *others):
+        if measured:
+            raise KeyboardInterrupt
+        measured.append(str(case))
+        return measure(case, *others)
+
+    arguments = [*TINY, "--op", "temporal_shift", "--json", str(path)]
+    monkeypatch.setattr(bench, "measure", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        bench.main(arguments)
+    first = json.loads(path.read_text())["rows"]
+    assert {row["case"] for row in first} == set(measured)
+
+    monkeypatch.setattr(bench, "measure", measure)
+    assert bench.main([*arguments, "--resume"]) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert rows[: len(first)] == first
+    assert [row["pass"] for row in rows[len(first) :]] == ["backward"] * len(first)
+    capsys.readouterr()
+    assert bench.main([*arguments, "--resume", "--dtype", "bf16"]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "options" in message and "leave --resume out" in message
+    assert json.loads(path.read_text())["rows"] == rows
+
+
+def test_resume_needs_a_file(bench, capsys):
+    assert bench.main([*TINY, "--resume"]) == 2
+    assert "give --json too" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("option", "choice"),
     [
