@@ -15,8 +15,9 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from latent_shift.evaluation.moving_shapes import held_out_prompts
 from latent_shift.pipeline import LatentShiftPipeline
 from latent_shift.training.config import Recipe, load_recipe
 from latent_shift.training.export import load_run
+from latent_shift.training.stopwatch import Stopwatch
 from latent_shift.training.trainer import train
 from latent_shift.video import write_sheet
 
@@ -96,41 +98,81 @@ def reproduce(
             recipe = recipe_of(arm, seed, source, overrides)
             if not train(recipe, output_dir=output_dir, stages=["video"], max_seconds=left()):
                 return False
-            costs = output_dir / f"video-{arm.name}-{seed}" / "costs.json"
-            if not costs.exists():
-                costs.write_text(json.dumps(measure(output_dir, recipe), indent=1) + "\n")
+    costs = output_dir / "costs.json"
+    if not costs.exists() or not {arm.name for arm in arms} <= set(json.loads(costs.read_text())):
+        recipes = {arm.name: recipe_of(arm, seeds[0], source, overrides) for arm in arms}
+        costs.write_text(json.dumps(measure(output_dir, recipes), indent=1) + "\n")
     return True
 
 
-def measure(root: Path, recipe: Recipe) -> dict[str, float]:
-    """What an arm costs: parameters, seconds a training step, megabytes that one clip keeps for its
-    backward pass, seconds to sample a clip."""
-    folder = root / f"video-{recipe.video.run}"
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    pairs = [
-        (later["time"] - earlier["time"]) / (later["step"] - earlier["step"])
-        for earlier, later in zip(lines, lines[1:], strict=False)
-        if later["step"] > earlier["step"]
-    ]
-    pipe = load_run(root, folder.name, recipe)
-    pipe.set_progress_bar_config(disable=True)
-    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-    pipe("a red circle", seed=0, num_inference_steps=2)
-    began = time.perf_counter()
-    pipe("a red circle moving right", seed=0)
-    seconds = time.perf_counter() - began
-    return {
-        "parameters": sum(parameter.numel() for parameter in pipe.unet.parameters()),
-        "seconds_per_step": statistics.median(pairs) if pairs else math.nan,
-        "megabytes_for_backward": kept_for_backward(pipe, recipe) / 1e6,
-        "seconds_per_clip": seconds,
-    }
+def measure(root: Path, recipes: dict[str, Recipe], rounds: int = 7) -> dict[str, dict[str, float]]:
+    """What arms cost: millions of parameters, seconds of a training step, megabytes that one clip
+    keeps for its backward pass, seconds to sample a clip.
+
+    The arms take turns, so that whatever else the machine does hits all of them alike; times are
+    medians.
+
+    Args:
+        recipes: of finished arms, by name.
+        rounds: turns of every arm.
+    """
+    calls: dict[str, dict[str, Callable[[], object]]] = {}
+    costs: dict[str, dict[str, float]] = {}
+    times: dict[tuple[str, str], list[float]] = {}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    watch = Stopwatch(device)
+    for name, recipe in recipes.items():
+        pipe = load_run(root, f"video-{recipe.video.run}", recipe)
+        pipe.set_progress_bar_config(disable=True)
+        pipe.to(device)
+        costs[name] = {
+            "million_parameters": sum(p.numel() for p in pipe.unet.parameters()) / 1e6,
+            "megabytes_for_backward": kept_for_backward(pipe, recipe) / 1e6,
+        }
+        calls[name] = {
+            "seconds_per_step": training_step(pipe, recipe),
+            "seconds_per_clip": partial(pipe, "a red circle moving right", seed=0),
+        }
+        for call in calls[name].values():
+            call()
+    for _ in range(rounds):
+        for name, own in calls.items():
+            for what, call in own.items():
+                began = watch.now()
+                call()
+                times.setdefault((name, what), []).append(watch.now() - began)
+    for (name, what), seconds in times.items():
+        costs[name][what] = statistics.median(seconds)
+    return costs
+
+
+def training_step(pipe: LatentShiftPipeline, recipe: Recipe) -> Callable[[], object]:
+    """A step on a batch of clips, as a call: forward, backward and optimizer; encoded latents and
+    text are given."""
+    unet, video, side = pipe.unet, recipe.video, recipe.latent_size
+    text = _encoded(pipe, video.batch)
+    shape = video.batch, unet.config.in_channels, recipe.data.num_frames, side, side
+    clips = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(unet.device)
+    steps = torch.full((video.batch,), 500, device=unet.device)
+    # a rate of zero: the arm is sampled from after it
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=0.0, weight_decay=0.0, fused=True)
+
+    def step() -> None:
+        unet.train()
+        velocity = unet(clips, steps, text, added_cond_kwargs={}).sample
+        torch.nn.functional.mse_loss(velocity, clips).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        unet.eval()
+
+    return step
 
 
 def kept_for_backward(pipe: LatentShiftPipeline, recipe: Recipe) -> int:
     """Bytes that the U-Net keeps of one clip between its forward and its backward pass, parameters
     aside: a count, the same on every machine."""
-    unet, data = pipe.unet.train(), recipe.data
+    unet, data = pipe.unet, recipe.data
+    unet.train()
     own = {parameter.untyped_storage().data_ptr() for parameter in unet.parameters()}
     kept: dict[int, int] = {}
 
@@ -140,28 +182,35 @@ def kept_for_backward(pipe: LatentShiftPipeline, recipe: Recipe) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    text, _ = pipe.encode_prompt("a red circle moving right", unet.device, 1, False)
+    text = _encoded(pipe, 1)
     side = recipe.latent_size
     clip = torch.randn(1, unet.config.in_channels, data.num_frames, side, side).to(unet.device)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = unet(clip, torch.tensor([500]).to(unet.device), text, added_cond_kwargs={}).sample
     # held until here: nothing that was counted may have been freed and its address given away
     del output
+    unet.eval()
     return sum(kept.values())
 
 
+@torch.no_grad()
+def _encoded(pipe: LatentShiftPipeline, number: int) -> Tensor:
+    prompts = ["a red circle moving right"] * number
+    return pipe.encode_prompt(prompts, pipe.unet.device, 1, False)[0]
+
+
 def results(root: Path, arms: Sequence[Arm] = ARMS) -> dict[str, list[dict[str, Any]]]:
-    """Per arm, what its finished seeds scored and cost."""
-    scores = _scores(root)
+    """Per arm, what its finished seeds scored, each with what the arm costs."""
+    scores, path = _scores(root), root / "costs.json"
+    costs = json.loads(path.read_text()) if path.exists() else {}
     found: dict[str, list[dict[str, Any]]] = {}
     if image := [entry["scores"] for entry in scores.get("image", []) if entry["last"]]:
         found[IMAGE.name] = [{f"image/{key}": value for key, value in image[-1].items()}]
     for arm in arms:
         for folder in sorted(root.glob(f"video-{arm.name}-[0-9]*")):
             last = [entry for entry in scores.get(folder.name, []) if entry["last"]]
-            if last and (folder / "costs.json").exists():
-                costs = json.loads((folder / "costs.json").read_text())
-                found.setdefault(arm.name, []).append(last[-1]["scores"] | costs)
+            if last:
+                found.setdefault(arm.name, []).append(last[-1]["scores"] | costs.get(arm.name, {}))
     return found
 
 
@@ -193,7 +242,7 @@ def tables(found: dict[str, list[dict[str, Any]]], arms: Sequence[Arm] = ARMS) -
             f"image/{key}": key for key in ("colour", "shape", "size", "background", "everything")
         },
         "cost": {
-            "parameters": "parameters",
+            "million_parameters": "M parameters",
             "seconds_per_step": "s a step",
             "megabytes_for_backward": "MB kept a clip",
             "seconds_per_clip": "s a clip",
@@ -209,7 +258,9 @@ def tables(found: dict[str, list[dict[str, Any]]], arms: Sequence[Arm] = ARMS) -
         for arm in [*first, *arms]:
             rows = found.get(arm.name, [])
             cells = ["not run"] * len(keys)
-            if rows:
+            if rows and title == "cost":  # of the arm, not of a seed
+                cells = [f"{rows[0][key]:,.3g}" if key in rows[0] else "not run" for key in keys]
+            elif rows:
                 cells = [interval([row[key] for row in rows if key in row]) for key in keys]
             lines.append(f"| {arm.title} | {len(rows)} | " + " | ".join(cells) + " |")
         parts.append("\n".join(lines))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from PIL import Image
@@ -64,8 +62,8 @@ def test_the_report_holds_what_ran_and_names_what_did_not(root, recipe, tmp_path
     for row in (row for rows in found.values() for row in rows):
         assert row["seconds_per_step"] > 0 and row["seconds_per_clip"] > 0
         assert 0.0 <= row["image/colour"] <= 1.0
-    assert found["vdm"][0]["parameters"] > found["shift"][0]["parameters"]
-    assert found["shift"][0]["parameters"] == found["none"][0]["parameters"]
+    assert found["vdm"][0]["million_parameters"] > found["shift"][0]["million_parameters"]
+    assert found["shift"][0]["million_parameters"] == found["none"][0]["million_parameters"]
     rows = [line for line in text.splitlines() if line.startswith("| quarters")]
     assert len(rows) == 4 and all("not run" in row for row in rows)
     assert report.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
@@ -87,7 +85,18 @@ def test_an_interval_is_students():
     assert reproduce.interval([1.0, 2.0, 3.0]) == "2 ± 2.5"
 
 
-def test_a_second_run_does_nothing(root, recipe, capsys):
-    before = json.loads((root / "scores.json").read_text())
+def test_a_second_run_does_nothing(root, recipe):
+    files = root / "scores.json", root / "costs.json"
+    before = [path.read_text() for path in files]
     assert reproduce.reproduce(recipe, output_dir=root, arms=ARMS, seeds=(0, 1))
-    assert json.loads((root / "scores.json").read_text()) == before
+    assert [path.read_text() for path in files] == before
+
+
+def test_measuring_leaves_the_weights_alone(root, recipe):
+    settings = reproduce.recipe_of(ARMS[0], 0, recipe)
+    pipe = load_run(root, "video-shift-0", settings)
+    before = [parameter.clone() for parameter in pipe.unet.parameters()]
+    step = reproduce.training_step(pipe, settings)
+    step()
+    step()
+    assert all(map(torch.equal, before, pipe.unet.parameters()))
