@@ -54,7 +54,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import Library, register_autograd, register_fake
+from torch.library import Library, register_fake
 
 from . import composed, reference
 from .checks import check_conv2d, check_norm, check_norm_gradients, check_same, check_shift
@@ -396,21 +396,36 @@ def _conv2d_grad(ctx: Any, dout: Tensor | None, *_: None) -> tuple:
     return *given[:7], None, None, *given[7:], dout if needs[12] else None, *([None] * 10)
 
 
-register_autograd(
-    "latent_shift::temporal_shift", _temporal_shift_grad, setup_context=_save_shift, lib=_lib
-)
-register_autograd(
-    "latent_shift::shift_add", _shift_add_grad, setup_context=_save_shift_add, lib=_lib
-)
-register_autograd(
-    "latent_shift::shift_add_group_norm_silu", _norm_grad, setup_context=_save_norm, lib=_lib
-)
-register_autograd(
-    "latent_shift::shift_group_norm_silu_conv2d",
-    _conv2d_grad,
-    setup_context=_save_conv2d,
-    lib=_lib,
-)
+def _differentiable(name: str, save: Callable, gradient: Callable) -> None:
+    """As ``torch.library.register_autograd``, which walks the schema again in every call: with
+    this many arguments it costs more of the host's time than all the rest of a call, gradients
+    recorded or not."""
+    operator = getattr(torch.ops.latent_shift, name).default
+
+    def below(*inputs: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*inputs)
+
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        output = below(*inputs)
+        save(ctx, inputs, output)
+        return output
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(gradient)}
+    function: Any = type(name, (torch.autograd.Function,), methods)
+
+    def recorded(*inputs: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
+            return function.apply(*inputs)
+        return below(*inputs)
+
+    _lib.impl(name, recorded, "Autograd")
+
+
+_differentiable("temporal_shift", _save_shift, _temporal_shift_grad)
+_differentiable("shift_add", _save_shift_add, _shift_add_grad)
+_differentiable("shift_add_group_norm_silu", _save_norm, _norm_grad)
+_differentiable("shift_group_norm_silu_conv2d", _save_conv2d, _conv2d_grad)
 
 
 # Autocast. The operators keep fp32 statistics inside, so unlike torch's GroupNorm nothing is cast
