@@ -10,6 +10,7 @@ frames of 256x256 or 512x512 (``unet``), of Stable Diffusion 1.5's size on a GPU
 model's on a CPU. Providers:
 
 latent-shift  diffusers' model with the shift in it, on the operators of this repository
+...+recompute with recompute_activations(): half of the memory that blocks keep; training alone
 roll          diffusers' model with torch.roll of the moved slices, their wrapped frames zeroed and
               torch.cat on every branch's output; text and time embedding repeated per frame
 tsm           the same with TSM's slice assignment (arXiv 1811.08383)
@@ -24,7 +25,7 @@ All are given channels_last inputs, random weights and one seed. Forward is time
 train is forward, mean squared error and backward to every parameter (the optimizer's step is the
 same for all). Providers take turns. Nothing is timed before it agrees with the provider that it
 stands for, computed in fp32. Memory is the peak of what torch allocates during one call, beyond
-weights and inputs.
+weights and inputs; kept is what autograd holds from forward to backward, weights aside.
 """
 
 from __future__ import annotations
@@ -58,9 +59,14 @@ from sites import CLIP_FRAMES
 from timing import Call, environment, interleave
 
 from latent_shift.temporal import insert_temporal_layers
+from latent_shift.training.measuring import kept_for_backward
 from latent_shift.unet import insert_shift
 from latent_shift_kernels import Placement, ShiftSpec
-from latent_shift_kernels.integrations.diffusers import fuse, shift_resnet_block
+from latent_shift_kernels.integrations.diffusers import (
+    fuse,
+    recompute_activations,
+    shift_resnet_block,
+)
 
 Inputs = tuple[Tensor, ...]
 PASSES = ("forward", "train")
@@ -127,7 +133,7 @@ class Contender:
     module: nn.Module
     inputs: Inputs
     like: str | None = None
-    run: Callable[..., Any] | None = None  # ``module``, compiled
+    run: Callable[..., Any] | None = None  # ``module``, compiled; it has no truth value
 
     @property
     def inner(self) -> bool:
@@ -135,7 +141,7 @@ class Contender:
         return isinstance(self.module, ResnetBlock2D)
 
     def output(self) -> Tensor:
-        result = (self.run or self.module)(*self.inputs)
+        result = (self.module if self.run is None else self.run)(*self.inputs)
         return result if isinstance(result, Tensor) else result[0]
 
 
@@ -188,9 +194,10 @@ def block_contenders(case: Case, device: torch.device) -> dict[str, Callable[[],
     repeated = temb.repeat_interleave(CLIP_FRAMES, 0)
     spec = ShiftSpec.latent_shift(channels_out)
 
-    def shifted() -> nn.Module:
+    def shifted(recompute: bool = False) -> nn.Module:
         ours = copy.deepcopy(block)
         shift_resnet_block(ours, spec, Placement.BRANCH_OUTPUT)
+        recompute_activations(ours, recompute)
         return ours
 
     def fused_image() -> nn.Module:
@@ -200,6 +207,7 @@ def block_contenders(case: Case, device: torch.device) -> dict[str, Callable[[],
 
     return {
         "latent-shift": lambda: Contender(shifted(), (frames, temb), "roll"),
+        "latent-shift+recompute": lambda: Contender(shifted(True), (frames, temb), "roll"),
         "roll": lambda: Contender(shift_naively(block, roll_shift), (frames, repeated)),
         "tsm": lambda: Contender(shift_naively(block, tsm_shift), (frames, repeated), "roll"),
         "image": lambda: Contender(copy.deepcopy(block), (frames, repeated)),
@@ -261,6 +269,11 @@ def unet_contenders(case: Case, device: torch.device) -> dict[str, Callable[[], 
         fuse(model)
         return model
 
+    def recomputing() -> nn.Module:
+        model = of_base(insert_shift)
+        recompute_activations(model)
+        return model
+
     def per_clip(module: nn.Module, like: str | None = None) -> Contender:
         return Contender(module, (clips, times, text), like)
 
@@ -269,6 +282,7 @@ def unet_contenders(case: Case, device: torch.device) -> dict[str, Callable[[], 
 
     return {
         "latent-shift": lambda: per_clip(of_base(insert_shift), "roll"),
+        "latent-shift+recompute": lambda: per_clip(recomputing(), "roll"),
         "roll": lambda: Contender(shift_naively(base(), roll_shift), per_frame),
         "tsm": lambda: Contender(shift_naively(base(), tsm_shift), per_frame, "roll"),
         "image": lambda: Contender(copy.deepcopy(base()), per_frame),
@@ -281,11 +295,12 @@ def unet_contenders(case: Case, device: torch.device) -> dict[str, Callable[[], 
     }
 
 
+_TRAINING_ONLY = "+recompute"
 _COMPILED = ("latent-shift", "roll", "tsm", "image")
 PROVIDERS = {
-    "block": ("latent-shift", "roll", "tsm", "image", "image+fuse"),
+    "block": ("latent-shift", "latent-shift+recompute", "roll", "tsm", "image", "image+fuse"),
     "unet": (
-        *("latent-shift", "roll", "tsm", "image", "image+fuse", "vdm"),
+        *("latent-shift", "latent-shift+recompute", "roll", "tsm", "image", "image+fuse", "vdm"),
         *("unet3d", "unet3d+fuse", "motion", "motion+fuse"),
     ),
 }
@@ -394,7 +409,7 @@ def measure(case: Case, names: list[str], device: torch.device, seconds: float) 
     calls: dict[str, Call] = {}
     for name in names:
         eager = name.removesuffix("+compile")
-        if eager not in builders:
+        if eager not in builders or (_TRAINING_ONLY in name and case.direction == "forward"):
             continue
         row = rows[name] = _row(case, name, device)
         try:
@@ -410,6 +425,9 @@ def measure(case: Case, names: list[str], device: torch.device, seconds: float) 
             calls[name] = call_of(contender, case.direction)
             calls[name]()
             row["peak_mib"] = peak_memory(calls[name], device) / 2**20
+            if case.direction == "train":
+                kept = kept_for_backward(contender.module, contender.output)
+                row["kept_mib"] = kept / 2**20
             row["share_beside_products"] = share_beside_products(calls[name], device)
         except Exception as failure:  # compilers and allocators raise what they like
             calls.pop(name, None)
@@ -453,7 +471,7 @@ def _row(case: Case, provider: str, device: torch.device) -> dict[str, Any]:
 
 
 _MEASURED = (
-    *("error", "ms", "ms_low", "ms_high", "peak_mib", "share_beside_products"),
+    *("error", "ms", "ms_low", "ms_high", "peak_mib", "kept_mib", "share_beside_products"),
     *("speedup_vs_roll", "speedup_vs_image", "speedup_vs_unfused"),
 )
 
@@ -537,7 +555,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
     drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("model", "pass", "px", "clips", "dtype", "provider"):
         drawn.add_column(heading, no_wrap=True)
-    right = ("M param.", "ms", "20 % .. 80 %", "MiB", "beside products")
+    right = ("M param.", "ms", "20 % .. 80 %", "MiB", "kept", "beside products")
     for heading in (*right, "vs roll", "vs image", "vs unfused"):
         drawn.add_column(heading, justify="right", no_wrap=True)
     drawn.add_column("note")
@@ -553,7 +571,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
         shown = case
         name = (row["provider"], f"{(row['parameters'] or 0) / 1e6:.1f}")
         if row["ms"] is None:
-            drawn.add_row(*cells, *name, row["status"], *[""] * 6, row["note"], style="red")
+            drawn.add_row(*cells, *name, row["status"], *[""] * 7, row["note"], style="red")
             continue
         ratios = (row[f"speedup_vs_{other}"] for other in ("roll", "image", "unfused"))
         drawn.add_row(
@@ -562,6 +580,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
             f"{row['ms']:.1f}",
             f"{row['ms_low']:.1f} .. {row['ms_high']:.1f}",
             f"{row['peak_mib']:.0f}",
+            "" if row["kept_mib"] is None else f"{row['kept_mib']:.0f}",
             f"{row['share_beside_products']:.0%}",
             *(
                 "" if ratio is None else f"[red]{ratio:.2f}[/red]" if ratio < 1 else f"{ratio:.2f}"

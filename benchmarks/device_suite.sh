@@ -78,11 +78,12 @@ unets() { # name, further options
   $PYTHON benchmarks/bench_unet.py --device cuda --resume --json "$OUT/$name.json" "$@"
 }
 
-EAGER="latent-shift roll tsm image image+fuse vdm unet3d unet3d+fuse motion motion+fuse"
+EAGER="latent-shift latent-shift+recompute roll tsm image image+fuse vdm unet3d unet3d+fuse motion motion+fuse"
 
 blocks() {
   unets bench_unet_blocks --model block --resolution 256 512 --guidance with \
-    --provider latent-shift roll tsm image image+fuse
+    --provider latent-shift latent-shift+recompute roll tsm image image+fuse \
+    latent-shift+compile roll+compile
 }
 
 unet256() { unets bench_unet_256 --model unet --resolution 256 --provider $EAGER; }

@@ -29,7 +29,7 @@ from latent_shift.pipeline import LatentShiftPipeline, LatentShiftPipelineOutput
 from latent_shift.temporal import LatentVDMUNet, insert_temporal_layers
 from latent_shift.training.config import to_dict
 from latent_shift.training.finetune_config import Finetune, ModelConfig, TrainConfig
-from latent_shift.training.stopwatch import Stopwatch
+from latent_shift.training.measuring import Stopwatch
 from latent_shift.training.trainer import (
     Clock,
     Interrupted,
@@ -43,6 +43,7 @@ from latent_shift.training.trainer import (
 )
 from latent_shift.training.validation import motion, say_collapse, write_clips
 from latent_shift.unet import LatentShiftUNet, remove_shift
+from latent_shift_kernels.integrations.diffusers import recompute_activations
 
 _HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 _ENCODED = 8  # frames that the autoencoder takes at a time
@@ -419,11 +420,16 @@ class FinetuneStage:
         config, index = self.config, step * self.config.train.accumulate
         size = len(self.batch(index).captions)
         smaller = [size >> halves for halves in range(1, size.bit_length())]
-        tries = [(rows, False) for rows in smaller]
-        if not config.train.gradient_checkpointing:
-            tries += [(rows, True) for rows in (size, *smaller)]
-        for rows, checkpointing in [] if self.ranks.sharded else tries:
-            if not self._fits(index, rows, checkpointing, step == 0):
+        # what costs the least time first
+        train, unet = config.train, self.pipeline.unet
+        tries = [(rows, "") for rows in smaller]
+        if not train.recompute_activations and recompute_activations(unet):
+            recompute_activations(unet, False)
+            tries.insert(0, (size, "recompute_activations"))
+        if not train.gradient_checkpointing:
+            tries += [(rows, "gradient_checkpointing") for rows in (size, *smaller)]
+        for rows, saving in [] if self.ranks.sharded else tries:
+            if not self._fits(index, rows, saving, step == 0):
                 continue
             settings = []
             if rows < size:
@@ -432,8 +438,8 @@ class FinetuneStage:
                     f"data.{'image_batch' if images else 'batch'} = {rows}",
                     f"train.accumulate = {config.train.accumulate * size // rows}",
                 ]
-            if checkpointing:
-                settings.append("train.gradient_checkpointing = true")
+            if saving:
+                settings.append(f"train.{saving} = true")
             return f"tried here, this fits: {', '.join(settings)}"
         return (
             "set train.gradient_checkpointing = true, fewer data.num_frames or pixels, "
@@ -441,7 +447,7 @@ class FinetuneStage:
             "`accelerate launch --use_fsdp`"
         )
 
-    def _fits(self, index: int, rows: int, checkpointing: bool, fresh: bool) -> bool:
+    def _fits(self, index: int, rows: int, saving: str, fresh: bool) -> bool:
         parameters = [p for group in self.parameter_groups() for p in group["params"]]
         whole = self.batch(index)
         pixels, latents, text = (
@@ -449,8 +455,8 @@ class FinetuneStage:
             for part in (whole.pixels, whole.latents, whole.text)
         )
         cut = Batch(pixels, latents, text, whole.captions[:rows])
-        if checkpointing:
-            self.pipeline.unet.enable_gradient_checkpointing()
+        if saving:
+            _save_memory(self.pipeline.unet, saving, True)
         try:
             # the moments are not there before the first step
             moments = [torch.empty_like(p) for p in parameters for _ in range(2 * fresh)]
@@ -465,8 +471,8 @@ class FinetuneStage:
                 raise
             return False
         finally:
-            if checkpointing:
-                self.pipeline.unet.disable_gradient_checkpointing()
+            if saving:
+                _save_memory(self.pipeline.unet, saving, False)
             if self.ranks.device.type == "cuda":
                 torch.cuda.empty_cache()
 
@@ -492,8 +498,9 @@ class FinetuneStage:
             if config.train.what == "lora":
                 pipeline.unet.to(half)
                 cast_training_params(pipeline.unet)
-        if config.train.gradient_checkpointing:
-            pipeline.unet.enable_gradient_checkpointing()
+        for saving in ("recompute_activations", "gradient_checkpointing"):
+            if getattr(config.train, saving):
+                _save_memory(pipeline.unet, saving, True)
 
     def _open(self, clips: ClipSource | None, images: ClipSource | None) -> None:
         config, ranks = self.config, self.ranks
@@ -695,6 +702,21 @@ def make_ranks(config: Finetune, root: Path | None = None) -> Ranks:
         trackers=config.trackers if root is not None else (),
         folder=root,
     )
+
+
+def _save_memory(unet: LatentShiftUNet, how: str, enabled: bool) -> None:
+    """Turns one of `TrainConfig`'s ways to keep less for the backward pass on or off."""
+    if how == "gradient_checkpointing":
+        switch = (
+            unet.enable_gradient_checkpointing if enabled else unet.disable_gradient_checkpointing
+        )
+        switch()
+    elif recompute_activations(unet, enabled) == 0 and enabled:
+        raise TrainingError(
+            "train.recompute_activations changes nothing here: the convolutions of every ResNet "
+            'block carry adapters; leave "conv1" and "conv2" out of train.lora_targets, or take '
+            "train.gradient_checkpointing"
+        )
 
 
 def _check_trackers(names: tuple[str, ...]) -> None:

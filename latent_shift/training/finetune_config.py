@@ -109,6 +109,9 @@ class TrainConfig:
         text_learning_rate: factor on the learning rate for it.
         steps: optimizer steps.
         accumulate: batches a step.
+        recompute_activations: compute norms and activations of the ResNet blocks again in the
+            backward pass: half of the memory that these blocks keep, for one more pass of each
+            norm. Not for convolutions with adapters.
         gradient_checkpointing: compute the U-Net's blocks again in the backward pass: less memory,
             about a third more time.
         snr_gamma: min-SNR weighting, arXiv 2303.09556 (5 there); 0 weighs all times alike.
@@ -127,6 +130,7 @@ class TrainConfig:
     text_learning_rate: float = 1.0
     steps: int = 10000
     accumulate: int = 1
+    recompute_activations: bool = False
     gradient_checkpointing: bool = False
     snr_gamma: float = 0.0
     caption_dropout: float = 0.1

@@ -29,7 +29,7 @@ from latent_shift.evaluation.moving_shapes import held_out_prompts
 from latent_shift.pipeline import LatentShiftPipeline
 from latent_shift.training.config import Recipe, load_recipe
 from latent_shift.training.export import load_run
-from latent_shift.training.stopwatch import Stopwatch
+from latent_shift.training.measuring import Stopwatch, kept_for_backward
 from latent_shift.training.trainer import train
 from latent_shift.video import write_sheet
 
@@ -125,9 +125,12 @@ def measure(root: Path, recipes: dict[str, Recipe], rounds: int = 7) -> dict[str
         pipe = load_run(root, f"video-{recipe.video.run}", recipe)
         pipe.set_progress_bar_config(disable=True)
         pipe.to(device)
+        pipe.unet.train()
+        kept = kept_for_backward(pipe.unet, partial(_predicted, pipe, recipe, clips=1))
+        pipe.unet.eval()
         costs[name] = {
             "million_parameters": sum(p.numel() for p in pipe.unet.parameters()) / 1e6,
-            "megabytes_for_backward": kept_for_backward(pipe, recipe) / 1e6,
+            "megabytes_for_backward": kept / 1e6,
         }
         calls[name] = {
             "seconds_per_step": training_step(pipe, recipe),
@@ -147,20 +150,15 @@ def measure(root: Path, recipes: dict[str, Recipe], rounds: int = 7) -> dict[str
 
 
 def training_step(pipe: LatentShiftPipeline, recipe: Recipe) -> Callable[[], object]:
-    """A step on a batch of clips, as a call: forward, backward and optimizer; encoded latents and
-    text are given."""
-    unet, video, side = pipe.unet, recipe.video, recipe.latent_size
-    text = _encoded(pipe, video.batch)
-    shape = video.batch, unet.config.in_channels, recipe.data.num_frames, side, side
-    clips = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(unet.device)
-    steps = torch.full((video.batch,), 500, device=unet.device)
+    """A step on a batch of clips, as a call: text encoder, forward, backward and optimizer."""
+    unet = pipe.unet
+    predicted = partial(_predicted, pipe, recipe, clips=recipe.video.batch)
     # a rate of zero: the arm is sampled from after it
     optimizer = torch.optim.AdamW(unet.parameters(), lr=0.0, weight_decay=0.0, fused=True)
 
     def step() -> None:
         unet.train()
-        velocity = unet(clips, steps, text, added_cond_kwargs={}).sample
-        torch.nn.functional.mse_loss(velocity, clips).backward()
+        predicted().square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
         unet.eval()
@@ -168,35 +166,16 @@ def training_step(pipe: LatentShiftPipeline, recipe: Recipe) -> Callable[[], obj
     return step
 
 
-def kept_for_backward(pipe: LatentShiftPipeline, recipe: Recipe) -> int:
-    """Bytes that the U-Net keeps of one clip between its forward and its backward pass, parameters
-    aside: a count, the same on every machine."""
-    unet, data = pipe.unet, recipe.data
-    unet.train()
-    own = {parameter.untyped_storage().data_ptr() for parameter in unet.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    text = _encoded(pipe, 1)
-    side = recipe.latent_size
-    clip = torch.randn(1, unet.config.in_channels, data.num_frames, side, side).to(unet.device)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = unet(clip, torch.tensor([500]).to(unet.device), text, added_cond_kwargs={}).sample
-    # held until here: nothing that was counted may have been freed and its address given away
-    del output
-    unet.eval()
-    return sum(kept.values())
-
-
-@torch.no_grad()
-def _encoded(pipe: LatentShiftPipeline, number: int) -> Tensor:
-    prompts = ["a red circle moving right"] * number
-    return pipe.encode_prompt(prompts, pipe.unet.device, 1, False)[0]
+def _predicted(pipe: LatentShiftPipeline, recipe: Recipe, clips: int) -> Tensor:
+    """What the U-Net makes of a batch of ones, with gradients."""
+    unet, side = pipe.unet, recipe.latent_size
+    with torch.no_grad():
+        prompts = ["a red circle moving right"] * clips
+        text = pipe.encode_prompt(prompts, unet.device, 1, False)[0]
+    shape = clips, unet.config.in_channels, recipe.data.num_frames, side, side
+    batch = torch.ones(shape, device=unet.device)
+    steps = torch.full((clips,), 500, device=unet.device)
+    return unet(batch, steps, text, added_cond_kwargs={}).sample
 
 
 def results(root: Path, arms: Sequence[Arm] = ARMS) -> dict[str, list[dict[str, Any]]]:

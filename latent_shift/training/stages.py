@@ -36,7 +36,7 @@ from latent_shift.training.config import (
     TextConfig,
     VideoConfig,
 )
-from latent_shift.training.stopwatch import Stopwatch
+from latent_shift.training.measuring import Stopwatch
 from latent_shift.training.trainer import Clock, Interrupted, Ranks, Stage, derive_seed
 from latent_shift.unet import LatentShiftUNet, insert_shift, remove_shift
 

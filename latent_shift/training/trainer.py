@@ -47,7 +47,7 @@ from latent_shift.training.checkpoints import (
 )
 from latent_shift.training.config import OptimizerConfig, Recipe, load_recipe, to_dict
 from latent_shift.training.finetune_config import Finetune
-from latent_shift.training.stopwatch import Stopwatch
+from latent_shift.training.measuring import Stopwatch
 
 _SECOND_INTERRUPT = 5.0  # seconds; torchrun sends the terminal's Ctrl-C a second time
 

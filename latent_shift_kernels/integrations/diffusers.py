@@ -54,6 +54,7 @@ __all__ = [
     "ShiftResnetBlock2D",
     "fuse",
     "fused",
+    "recompute_activations",
     "restore_resnet_block",
     "share_inputs",
     "shift_resnet_block",
@@ -71,6 +72,7 @@ class FusedResnetBlock2D(Fused, ResnetBlock2D):
     plain = ResnetBlock2D
     spec: ShiftSpec | None = None
     placement: Placement | None = None
+    recompute: bool = False
 
     def forward(
         self, input_tensor: Tensor, temb: Tensor | None = None, *args: object, **kwargs: object
@@ -144,11 +146,15 @@ class FusedResnetBlock2D(Fused, ResnetBlock2D):
 
     def _as_halves(self, x: Tensor) -> bool:
         """Whether the block is two calls of ``shift_group_norm_silu_conv2d``: where a kernel that
-        holds the convolution serves this device, and nothing stands around the convolutions."""
+        holds the convolution serves this device, or the activation is to be computed again in
+        backward, and nothing stands around the convolutions."""
         serving = backends.SERVING.get(x.device.type, {})
-        if serving.get(backends.CONV2D, "composed") == "composed":
-            # The same kernels, but their backward would compute the activation once more.
+        composed = serving.get(backends.CONV2D, "composed") == "composed"
+        if composed and not (self.recompute and torch.is_grad_enabled()):
             return False
+        return self._has_bare_convolutions()
+
+    def _has_bare_convolutions(self) -> bool:
         drops = self.training and self.dropout.p > 0
         return not drops and not any(
             obstacle(name, conv, nn.Conv2d)
@@ -445,6 +451,7 @@ def _unfuse(model: nn.Module, modules: Iterable[nn.Module]) -> None:
         if isinstance(module, ShiftResnetBlock2D):
             module.unshifted = ResnetBlock2D
         elif isinstance(module, Fused):
+            module.__dict__.pop("recompute", None)
             exchange(module, module.plain)
     unshare_inputs(model)
 
@@ -697,6 +704,8 @@ def restore_resnet_block(block: ShiftResnetBlock2D) -> ResnetBlock2D:
     unshifted = block.unshifted
     exchange(block, unshifted)
     del block.unshifted, block.spec, block.placement
+    if unshifted is ResnetBlock2D:
+        block.__dict__.pop("recompute", None)
     for norm in (block.norm1, block.norm2):
         exchange(norm, GroupNormSiLU if unshifted is FusedResnetBlock2D else nn.GroupNorm)
         del norm.spec, norm.shift, norm.num_frames
@@ -711,6 +720,36 @@ def shifted_channels(block: ResnetBlock2D, placement: Placement) -> int:
         block.conv2.weight.shape[0]
         if placement is Placement.BRANCH_OUTPUT
         else block.norm2.num_channels
+    )
+
+
+def recompute_activations(model: nn.Module, enabled: bool = True) -> int:
+    """Lets the ResNet blocks of a fused or shifted model compute norm and activation again in the
+    backward pass, in place: they then keep the inputs of their two norms and nothing else, half of
+    what they do otherwise, for one more pass of each norm. Results and gradients stay what they
+    are.
+
+    Args:
+        model: After :func:`fuse` or a shift; :func:`unfuse` ends it.
+        enabled: False takes it back.
+
+    Returns:
+        The number of blocks that do so; what carries hooks or adapters on its convolutions, drops
+        activations or resamples keeps them as before.
+
+    Raises:
+        ValueError: If no ResNet block of ``model`` is fused or shifted.
+    """
+    blocks = [module for module in model.modules() if isinstance(module, FusedResnetBlock2D)]
+    if not blocks:
+        raise ValueError(
+            "no ResNet block of this model is fused or shifted: call fuse or insert_shift first"
+        )
+    for block in blocks:
+        block.recompute = enabled
+    return sum(
+        enabled and not (block.upsample or block.downsample) and block._has_bare_convolutions()
+        for block in blocks
     )
 
 

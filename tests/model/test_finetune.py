@@ -18,6 +18,7 @@ from typing import get_type_hints
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.resnet import ResnetBlock2D
 from safetensors.torch import save_file
 
 from latent_shift import LatentShiftPipeline
@@ -642,6 +643,21 @@ def test_half_precision_checkpointing_and_a_source_of_ones_own(recipe):
     assert stage.pipeline.unet.conv_in.weight.dtype == torch.bfloat16
 
 
+def test_recomputed_activations_are_a_setting(recipe):
+    whole = stage_of(recipe, "train.recompute_activations=true")
+    batch = whole.batch(1)
+    losses = [
+        stage.loss_of(batch, torch.Generator().manual_seed(0))
+        for stage in (whole, stage_of(recipe))
+    ]
+    torch.testing.assert_close(*losses)
+    blocks = [m for m in whole.pipeline.unet.modules() if isinstance(m, ResnetBlock2D)]
+    assert blocks and all(block.recompute for block in blocks)
+    with pytest.raises(TrainingError, match='leave "conv1" and "conv2" out'):
+        loop = stage_of(recipe, "train.recompute_activations=true", "train.what=lora")
+        trainer.Loop(loop, trainer.LoopConfig(seed=0, keep=1), loop.ranks)
+
+
 def test_a_cache_trains_like_the_clips_it_was_made_of(recipe, model, tmp_path):
     form = ClipFormat(3, 16, 16, crop="center", start="middle")
     pipe = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
@@ -742,6 +758,13 @@ def test_a_step_without_memory_says_what_would_fit(recipe, monkeypatch):
     with pytest.raises(TrainingError, match="this fits: data.batch = 1, train.accumulate = 4"):
         loop.step(0)
     assert all(parameter.grad is None for parameter in loop.parameters)
+    monkeypatch.setattr(
+        FinetuneStage, "_fits", lambda stage, index, rows, saving, fresh: "recompute" in saving
+    )
+    with pytest.raises(TrainingError, match="this fits: train.recompute_activations = true"):
+        loop.step(0)
+    monkeypatch.undo()
+    monkeypatch.setattr(FinetuneStage, "loss_of", hungry)
     limit = -1
     with pytest.raises(TrainingError, match="fewer data.num_frames or pixels"):
         loop.step(0)

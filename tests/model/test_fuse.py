@@ -13,10 +13,18 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D, TemporalConvLayer
 from torch import nn
 
+from latent_shift.training.measuring import kept_for_backward
 from latent_shift.unet import LatentShiftUNet, insert_shift, remove_shift
 from latent_shift_kernels import ShiftSpec, backends, functional
 from latent_shift_kernels.integrations import diffusers as integration
-from latent_shift_kernels.integrations.diffusers import fuse, fused, text_kept, unfuse
+from latent_shift_kernels.integrations.diffusers import (
+    fuse,
+    fused,
+    recompute_activations,
+    shift_resnet_block,
+    text_kept,
+    unfuse,
+)
 from latent_shift_kernels.integrations.fusion import AppliedSiLU, FusedShift, GroupNormSiLU, Joined
 from latent_shift_kernels.integrations.source import activated, fingerprint
 
@@ -164,6 +172,56 @@ def test_gradient_checkpointing(name):
     model.zero_grad()
     model.enable_gradient_checkpointing()
     torch.testing.assert_close(gradients(model, args), plain, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("change", [fuse, insert_shift])
+def test_recomputed_activations_give_the_same_gradients(change):
+    model = zoo.build("unet2d_condition").train()
+    args = (torch.randn(2, 4, 3, 8, 8), torch.tensor([3, 700]), torch.randn(2, 5, 24))
+    if change is fuse:
+        args = zoo.arguments("unet2d_condition")
+    with pytest.raises(ValueError, match="call fuse or insert_shift first"):
+        recompute_activations(model)
+    before = state(model)
+    change(model)
+    plain, expected = state(model), gradients(model, args)
+    model.zero_grad()
+    kept = kept_for_backward(model, lambda: model(*args))
+    blocks = [module for module in model.modules() if isinstance(module, ResnetBlock2D)]
+    assert recompute_activations(model) == len(blocks)
+    torch.testing.assert_close(gradients(model, args), expected, rtol=1e-3, atol=1e-7)
+    model.zero_grad()
+    assert kept_for_backward(model, lambda: model(*args)) < 0.95 * kept
+    assert recompute_activations(model, False) == 0
+    assert kept_for_backward(model, lambda: model(*args)) == kept
+    recompute_activations(model)
+    (unfuse if change is fuse else remove_shift)(model)
+    assert state(model) == before != plain
+
+
+def test_recomputed_activations_halve_what_a_block_keeps():
+    block = ResnetBlock2D(in_channels=32, temb_channels=16, groups=8)
+    shift_resnet_block(block, ShiftSpec.latent_shift(32))
+    x = torch.randn(6, 32, 16, 16, requires_grad=True)
+    temb = torch.randn(2, 16)
+    four = kept_for_backward(block, lambda: block(x, temb))
+    assert recompute_activations(block) == 1
+    two = kept_for_backward(block, lambda: block(x, temb))
+    assert 2 * x.nbytes <= two < 0.51 * four
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    (expected,) = torch.autograd.grad(block(x, temb).square().sum(), x)
+    (got,) = torch.autograd.grad(compiled(x, temb).square().sum(), x)
+    torch.testing.assert_close(got, expected)
+
+
+def test_blocks_that_cannot_recompute_go_on_as_before():
+    block = ResnetBlock2D(in_channels=32, temb_channels=16, groups=8)
+    block.conv1.register_forward_hook(lambda *_: None)
+    fuse(block)
+    x, temb = torch.randn(2, 32, 4, 4), torch.randn(2, 16)
+    expected = block(x, temb)
+    assert recompute_activations(block) == 0
+    assert torch.equal(block(x, temb), expected)
 
 
 def test_autocast():
