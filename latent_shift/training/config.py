@@ -121,6 +121,9 @@ class TextConfig:
         group: clips that are contrasted with each other.
         frames: how many frames of a clip the tower for clips looks at.
         widths: channels of its convolutions.
+        init_from: folder of a pipeline, or "embedded" for that of the package, whose tokenizer and
+            text encoder are taken as they are: then the stage has nothing to learn. Empty for new
+            ones.
     """
 
     vocab_size: int = 768
@@ -133,6 +136,7 @@ class TextConfig:
     group: int = 64
     frames: int = 4
     widths: tuple[int, ...] = (64, 96, 128)
+    init_from: str = ""
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(ema_decay=0.99))
 
 
@@ -355,7 +359,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Any:
 
     Args:
         source: path of a TOML file, or the name of a recipe that comes with the package
-            ("embedded", "finetune").
+            ("embedded", "reproduce", "finetune").
         overrides: `table.key=value` strings, applied in order.
 
     Returns:

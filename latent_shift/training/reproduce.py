@@ -325,7 +325,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     names = [arm.name for arm in ARMS]
     parser.add_argument("overrides", nargs="*", metavar="TABLE.KEY=VALUE")
-    parser.add_argument("--recipe", default="embedded", help="a TOML file, or a recipe's name")
+    parser.add_argument("--recipe", default="reproduce", help="a TOML file, or a recipe's name")
     parser.add_argument("--output", type=Path, default=Path("runs/reproduce"))
     parser.add_argument("--arm", nargs="+", choices=names, default=names)
     parser.add_argument("--seeds", type=int, default=3)

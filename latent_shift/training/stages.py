@@ -28,6 +28,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from latent_shift.data.moving_shapes import MovingShapes, Prompt, caption, render, vocabulary
 from latent_shift.evaluation import moving_shapes as scorer
+from latent_shift.pipeline import LatentShiftPipeline
 from latent_shift.temporal import insert_temporal_layers
 from latent_shift.training.config import (
     ImageConfig,
@@ -37,7 +38,14 @@ from latent_shift.training.config import (
     VideoConfig,
 )
 from latent_shift.training.measuring import Stopwatch
-from latent_shift.training.trainer import Clock, Interrupted, Ranks, Stage, derive_seed
+from latent_shift.training.trainer import (
+    Clock,
+    Interrupted,
+    Ranks,
+    Stage,
+    TrainingError,
+    derive_seed,
+)
 from latent_shift.unet import LatentShiftUNet, insert_shift, remove_shift
 
 _CHUNK = 125  # clips in one file of cached latents
@@ -331,6 +339,8 @@ class CaptionedLatents(SmallStage):
         self.pipeline = workspace.root / "pipeline"
         self.latents = Latents(workspace)
         if workspace.ranks.first:
+            if self.recipe.text.init_from:
+                self._take_text_encoder()
             self._learn_tokenizer()
         workspace.ranks.wait()
         self.tokenizer = CLIPTokenizer.from_pretrained(self.pipeline / "tokenizer")
@@ -345,6 +355,25 @@ class CaptionedLatents(SmallStage):
             return_tensors="pt",
         )
         return tokens.input_ids.to(self.workspace.device)
+
+    def _take_text_encoder(self) -> None:
+        source, folder = self.recipe.text.init_from, self.pipeline / "text_encoder"
+        if folder.exists():
+            return
+        if source == "embedded":
+            pipe = LatentShiftPipeline.from_embedded()
+            encoder, tokenizer = pipe.text_encoder, pipe.tokenizer
+        else:
+            encoder = CLIPTextModel.from_pretrained(Path(source) / "text_encoder")
+            tokenizer = CLIPTokenizer.from_pretrained(Path(source) / "tokenizer")
+        width, expected = encoder.config.hidden_size, self.recipe.text.hidden_size
+        if width != expected:
+            raise TrainingError(
+                f"the text encoder of text.init_from = {source} is {width} wide, and "
+                f"text.hidden_size is {expected}: set it to {width}"
+            )
+        tokenizer.save_pretrained(self.pipeline / "tokenizer")
+        encoder.float().save_pretrained(folder)
 
     def _learn_tokenizer(self) -> None:
         folder = self.pipeline / "tokenizer"

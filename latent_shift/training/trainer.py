@@ -717,6 +717,8 @@ def _train_stages(
                 directory = root / workspace.directory_of(name)
                 if (stages is not None and name not in stages) or (directory / "done").exists():
                     continue
+                if name == "text" and settings.text.init_from:
+                    continue  # the stages after it take it
                 directory.mkdir(parents=True, exist_ok=True)
                 torch.manual_seed(derive_seed(settings.seed, name, "initial weights"))
                 stage = build(workspace)

@@ -88,6 +88,19 @@ def test_the_shipped_recipes_load():
         assert load_recipe(name).name == name
 
 
+def test_a_text_encoder_that_is_there_is_taken_as_it_is(finished, recipe, tmp_path):
+    source = f"text.init_from={finished / 'pipeline'}"
+    assert train(recipe, [source], output_dir=tmp_path, stages=["autoencoder", "text", "image"])
+    assert not (tmp_path / "text").exists()
+    for name in ("text_encoder/model.safetensors", "tokenizer/tokenizer.json"):
+        taken, given = (root / "pipeline" / name for root in (tmp_path, finished))
+        assert taken.read_bytes() == given.read_bytes()
+    (tmp_path / "image" / "done").unlink()
+    shutil.rmtree(tmp_path / "pipeline" / "text_encoder")
+    with pytest.raises(trainer.TrainingError, match="128 wide.*text.hidden_size is 16: set it"):
+        train(recipe, ["text.init_from=embedded"], output_dir=tmp_path, stages=["image"])
+
+
 def test_overrides_and_their_types(recipe):
     loaded = load_recipe(
         recipe, ["video.temporal=none", "image.steps=7", "data.clips=3", "gates.video=1"]
