@@ -125,7 +125,7 @@ def measure(root: Path, recipes: dict[str, Recipe], rounds: int = 7) -> dict[str
         pipe = load_run(root, f"video-{recipe.video.run}", recipe)
         pipe.set_progress_bar_config(disable=True)
         pipe.to(device)
-        pipe.unet.train()
+        pipe.unet.to(memory_format=torch.channels_last).train()
         kept = kept_for_backward(pipe.unet, partial(_predicted, pipe, recipe, clips=1))
         pipe.unet.eval()
         costs[name] = {
