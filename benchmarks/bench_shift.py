@@ -539,9 +539,9 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     console = command.make_console()
     try:
-        results = command.Results(environment(todo.device), args)
-    except ValueError as other:
-        print(f"{options.prog}: {other}", file=sys.stderr)
+        results = command.Results(environment(todo.device), args, console)
+    except ValueError as wrong:
+        print(f"{options.prog}: {wrong}", file=sys.stderr)
         return 2
     console.print(heading(results.where, todo.device), highlight=False)
 
@@ -550,8 +550,8 @@ def main(argv: list[str] | None = None) -> int:
 
     # A graph that is differentiated many times must keep its buffers.
     with functorch_config.patch(donated_buffer=False):
-        results.measure(todo.cases, rows_of, console)
-    code = results.report(table(results.rows), console)
+        results.measure(todo.cases, rows_of)
+    code = results.report(table(results.rows))
     if args.plot:
         from plot import draw_speedups  # matplotlib is needed for nothing else
 

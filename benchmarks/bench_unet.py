@@ -605,17 +605,17 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     console = command.make_console()
     try:
-        results = command.Results(environment(todo.device), args)
-    except ValueError as other:
-        print(f"{options.prog}: {other}", file=sys.stderr)
+        results = command.Results(environment(todo.device), args, console)
+    except ValueError as wrong:
+        print(f"{options.prog}: {wrong}", file=sys.stderr)
         return 2
     console.print(command.machine(results.where), highlight=False)
 
     def rows_of(case: Case) -> command.Rows:
         return measure(case, todo.providers, todo.device, todo.seconds)
 
-    results.measure(todo.cases, rows_of, console)
-    return results.report(table(results.rows), console)
+    results.measure(todo.cases, rows_of)
+    return results.report(table(results.rows))
 
 
 if __name__ == "__main__":

@@ -81,44 +81,55 @@ class Results:
     """The rows of a run, written after every case: a run that is cut off leaves what it has, and
     the same command with ``--resume`` goes on there.
 
+    Rows of another machine, other sources or other options are set aside, for ratios hold within
+    one run.
+
     Args:
         where: The machine, of `timing.environment`.
         args: The command's options; ``json`` and ``resume`` are of `add_output_options`.
 
     Raises:
-        ValueError: The file's rows are of another machine, commit or choice of options.
+        ValueError: ``resume`` without ``json``.
     """
 
-    # Ratios between rows hold only where all of this is the same.
-    _SAME = ("device", "threads", "capability", "torch", "triton", "commit", "options")
+    _SAME = ("device", "threads", "capability", "torch", "triton", "sources", "options")
 
-    def __init__(self, where: dict[str, Any], args: argparse.Namespace) -> None:
-        elsewhere = ("json", "resume", "plot", "peers")
-        options = {key: value for key, value in vars(args).items() if value is not None}
-        self.where = where | {
-            "options": {key: value for key, value in options.items() if key not in elsewhere}
+    def __init__(self, where: dict[str, Any], args: argparse.Namespace, console: Console) -> None:
+        options = {
+            key: str(value) if isinstance(value, Path) else value
+            for key, value in vars(args).items()
+            if value is not None and key not in ("json", "resume", "plot")
         }
+        self.where = where | {"options": options}
         self.path: Path | None = args.json
+        self.console = console
         self.rows: Rows = []
         if args.resume and self.path is None:
             raise ValueError("--resume goes on with the file that --json names: give --json too")
         if args.resume and self.path.exists():
-            found = json.loads(self.path.read_text())
-            for key in self._SAME:
-                there, here = found["environment"].get(key), self.where[key]
-                if there != here:
-                    raise ValueError(
-                        f"--resume: {self.path} was measured with {key} {there}, and this is "
-                        f"{here}: leave --resume out to measure anew"
-                    )
-            self.where, self.rows = found["environment"], found["rows"]
+            self._take(self.path)
 
-    def measure(
-        self, cases: Sequence[Any], measure: Callable[[Any], Rows], console: Console
-    ) -> None:
+    def _take(self, path: Path) -> None:
+        found = json.loads(path.read_text())
+        there = found["environment"]
+        other = [key for key in self._SAME if there.get(key) != self.where[key]]
+        if other:
+            aside = path.with_suffix(f".{there['date'].replace(':', '')}.json")
+            os.replace(path, aside)
+            self.console.print(
+                f"{path} is of another {' and another '.join(other)}: set aside as {aside.name}, "
+                "measuring anew"
+            )
+            return
+        # what failed is tried again
+        failed = {row["case"] for row in found["rows"] if row["status"] != "ok"}
+        self.where = there
+        self.rows = [row for row in found["rows"] if row["case"] not in failed]
+
+    def measure(self, cases: Sequence[Any], measure: Callable[[Any], Rows]) -> None:
         """Measures the cases that have no rows yet, behind a progress bar."""
         done = {row["case"] for row in self.rows}
-        with progress_bar(console) as progress:
+        with progress_bar(self.console) as progress:
             task = progress.add_task("", total=len(cases))
             for case in cases:
                 name = str(case)
@@ -128,9 +139,9 @@ class Results:
                     self._write()
                 progress.advance(task)
 
-    def report(self, table: Table, console: Console) -> int:
+    def report(self, table: Table) -> int:
         """Prints the table; returns the command's exit code, 1 where a comparison failed."""
-        console.print(table)
+        self.console.print(table)
         return int(any(row["status"] == "failed" for row in self.rows))
 
     def _write(self) -> None:

@@ -129,6 +129,7 @@ def check_conv2d(
             _mismatch("skip", f"{tuple(x.shape)} but for its channels, {x.dtype}", skip),
         )
         channels += skip.shape[1]
+    torch._check(x.shape[1] > 0, lambda: f"expected channels to convolve, got {tuple(x.shape)}")
     check_shift(x, *shift, boundary, channels=channels)
     check_norm(x, *norm, num_groups, channels=channels)
     torch._check(

@@ -144,10 +144,13 @@ def _conv2d_backward(
     if needs_input or needs_filter:
         u = _joined(x, skip)
         if x.numel():
-            # The activation is computed again: nothing of its size was saved.
-            y, *_ = operators.shift_add_group_norm_silu(
-                u, None, *norm, num_groups, eps, *shift, shift_after, boundary
-            )
+            # The activation is computed again, nothing of its size was saved; the gradient of the
+            # convolution's input asks for its shape alone.
+            y = u
+            if needs_filter:
+                y, *_ = operators.shift_add_group_norm_silu(
+                    u, None, *norm, num_groups, eps, *shift, shift_after, boundary
+                )
             dy, dfilter, _ = torch.ops.aten.convolution_backward(
                 dc, y, filter, None, (1, 1), (1, 1), (1, 1), False, (0, 0), 1,
                 (needs_input, needs_filter, False),

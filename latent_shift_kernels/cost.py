@@ -59,7 +59,7 @@ class Device:
 
 
 DEVICES = {
-    "h200": Device(90, 132, 227 << 10, 4.3e12, 1.755e9, 790e12, "copy and product as measured"),
+    "h200": Device(90, 132, 227 << 10, 4.3e12, 1.755e9, 790e12, "0.9 and 0.8 of the data sheet"),
     "h100": Device(90, 132, 227 << 10, 3.35e12, 1.755e9, 989e12, "data sheet, SXM"),
     "a100": Device(80, 108, 163 << 10, 2.04e12, 1.41e9, 312e12, "data sheet, 80 GB SXM"),
     "b200": Device(100, 148, 227 << 10, 8.0e12, 1.85e9, 2250e12, "data sheet"),

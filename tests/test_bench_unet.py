@@ -69,7 +69,11 @@ def test_training_holds_more_memory_than_inference(bench, tmp_path):
 
 def test_compiled_providers_run(bench, monkeypatch, tmp_path):
     compile = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda module, **_: compile(module, backend="eager"))
+
+    def quickly(module, *, mode, **options):
+        return compile(module, backend="eager", **options)
+
+    monkeypatch.setattr(torch, "compile", quickly)
     path, names = tmp_path / "rows.json", ["latent-shift", "latent-shift+compile", "roll+compile"]
     arguments = ["--quick", "--model", "block", "--pass", "train", "--provider", *names]
     assert bench.main([*FAST, *arguments, "--json", str(path)]) == 0

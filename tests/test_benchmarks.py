@@ -121,10 +121,22 @@ def test_a_run_that_is_cut_off_goes_on(bench, monkeypatch, tmp_path, capsys):
     assert rows[: len(first)] == first
     assert [row["pass"] for row in rows[len(first) :]] == ["backward"] * len(first)
     capsys.readouterr()
-    assert bench.main([*arguments, "--resume", "--dtype", "bf16"]) == 2
-    message = capsys.readouterr().err
-    assert message.count("\n") == 1 and "options" in message and "leave --resume out" in message
-    assert json.loads(path.read_text())["rows"] == rows
+    assert bench.main([*arguments, "--resume", "--dtype", "bf16"]) == 0
+    (aside,) = set(tmp_path.glob("rows.*.json"))
+    assert f"of another options: set aside as {aside.name}" in capsys.readouterr().out
+    assert json.loads(aside.read_text())["rows"] == rows
+    assert {row["dtype"] for row in json.loads(path.read_text())["rows"]} == {"bf16"}
+
+
+def test_what_failed_is_tried_again(bench, monkeypatch, tmp_path):
+    path = tmp_path / "rows.json"
+    arguments = [*TINY, "--op", "shift_add", "--pass", "forward", "--provider", "roll"]
+    with monkeypatch.context() as broken:
+        broken.setattr(bench, "roll_shift", lambda x, spec: x)
+        assert bench.main([*arguments, "--json", str(path), "--resume"]) == 1
+    assert bench.main([*arguments, "--json", str(path), "--resume"]) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["provider"], row["status"]) for row in rows] == [("clone", "ok"), ("roll", "ok")]
 
 
 def test_resume_needs_a_file(bench, capsys):

@@ -68,7 +68,8 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> run_conv(
     const OptionalTensor& residual, double scale, const OptionalTensor& cu_frames,
     int64_t num_frames, const Ints& sizes, const Ints& offsets, bool shift_after,
     const Ints& out_sizes, const Ints& out_offsets, const std::string& boundary, bool emit_sums) {
-  STD_TORCH_CHECK(x.dim() == 4, "expected (B*T, C, H, W), got ", shape_of(x));
+  STD_TORCH_CHECK(x.dim() == 4 && x.size(1) > 0,
+                  "expected (B*T, C, H, W) with channels to convolve, got ", shape_of(x));
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::BFloat16 || x.scalar_type() == ScalarType::Half,
                   "the fused convolution computes in bfloat16 and float16");
   const int64_t frames = x.size(0), height = x.size(2), width = x.size(3);

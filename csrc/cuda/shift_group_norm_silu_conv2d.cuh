@@ -20,8 +20,8 @@
 // Bytes: 2 E for the statistics, about 1.6 * 2 E for halos of which most hits L2, 2 O (4 O with a
 // residual), and the filter once per two tiles, shared by a cluster; E and O the elements of input and
 // output. The alternative is one launch of norm and activation (4 E) and the library's convolution
-// (2 E + 2 O). What this saves over it is at most 40.8 / Cout of the convolution's time, and it has not
-// been timed against it on a device: the composition serves unless LATENT_SHIFT_FUSED_CONV2D=1.
+// (2 E + 2 O). What this saves over it is at most 20.4 / Cout of the convolution's time, and it has not
+// been timed against it on a device: the composition serves unless LATENT_SHIFT_BACKEND=auto,fused.
 #pragma once
 
 #include <algorithm>

@@ -423,9 +423,10 @@ class FinetuneStage:
         # what costs the least time first
         train, unet = config.train, self.pipeline.unet
         tries = [(rows, "") for rows in smaller]
-        if not train.recompute_activations and recompute_activations(unet):
+        if not train.recompute_activations:
+            if recompute_activations(unet):
+                tries.insert(0, (size, "recompute_activations"))
             recompute_activations(unet, False)
-            tries.insert(0, (size, "recompute_activations"))
         if not train.gradient_checkpointing:
             tries += [(rows, "gradient_checkpointing") for rows in (size, *smaller)]
         for rows, saving in [] if self.ranks.sharded else tries:
@@ -713,9 +714,9 @@ def _save_memory(unet: LatentShiftUNet, how: str, enabled: bool) -> None:
         switch()
     elif recompute_activations(unet, enabled) == 0 and enabled:
         raise TrainingError(
-            "train.recompute_activations changes nothing here: the convolutions of every ResNet "
-            'block carry adapters; leave "conv1" and "conv2" out of train.lora_targets, or take '
-            "train.gradient_checkpointing"
+            "train.recompute_activations changes nothing here: every ResNet block has adapters on "
+            'its convolutions, or dropout; leave "conv1" and "conv2" out of train.lora_targets, or '
+            "take train.gradient_checkpointing"
         )
 
 

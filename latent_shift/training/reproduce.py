@@ -98,16 +98,24 @@ def reproduce(
             recipe = recipe_of(arm, seed, source, overrides)
             if not train(recipe, output_dir=output_dir, stages=["video"], max_seconds=left()):
                 return False
-    costs = output_dir / "costs.json"
-    if not costs.exists() or not {arm.name for arm in arms} <= set(json.loads(costs.read_text())):
-        recipes = {arm.name: recipe_of(arm, seeds[0], source, overrides) for arm in arms}
-        costs.write_text(json.dumps(measure(output_dir, recipes), indent=1) + "\n")
+    measure_finished(output_dir, source, overrides)
     return True
 
 
+def measure_finished(root: Path, source: str | Path, overrides: Sequence[str] = ()) -> None:
+    """Writes `costs.json`: what every arm costs whose first seed is trained, unless it says."""
+    recipes = {
+        arm.name: recipe_of(arm, 0, source, overrides)
+        for arm in ARMS
+        if (root / f"video-{arm.name}-0" / "done").exists()
+    }
+    if recipes.keys() != _costs(root).keys():
+        (root / "costs.json").write_text(json.dumps(measure(root, recipes), indent=1) + "\n")
+
+
 def measure(root: Path, recipes: dict[str, Recipe], rounds: int = 7) -> dict[str, dict[str, float]]:
-    """What arms cost: millions of parameters, seconds of a training step, megabytes that one clip
-    keeps for its backward pass, seconds to sample a clip.
+    """What finished arms cost: millions of parameters, seconds of a training step, megabytes that
+    one clip keeps for its backward pass, seconds to sample a clip.
 
     The arms take turns, so that whatever else the machine does hits all of them alike; times are
     medians.
@@ -175,13 +183,14 @@ def _predicted(pipe: LatentShiftPipeline, recipe: Recipe, clips: int) -> Tensor:
     shape = clips, unet.config.in_channels, recipe.data.num_frames, side, side
     batch = torch.ones(shape, device=unet.device)
     steps = torch.full((clips,), 500, device=unet.device)
-    return unet(batch, steps, text, added_cond_kwargs={}).sample
+    half = recipe.precision == "bf16"
+    with torch.autocast(unet.device.type, dtype=torch.bfloat16, enabled=half):
+        return unet(batch, steps, text, added_cond_kwargs={}).sample
 
 
 def results(root: Path, arms: Sequence[Arm] = ARMS) -> dict[str, list[dict[str, Any]]]:
     """Per arm, what its finished seeds scored, each with what the arm costs."""
-    scores, path = _scores(root), root / "costs.json"
-    costs = json.loads(path.read_text()) if path.exists() else {}
+    scores, costs = _scores(root), _costs(root)
     found: dict[str, list[dict[str, Any]]] = {}
     if image := [entry["scores"] for entry in scores.get("image", []) if entry["last"]]:
         found[IMAGE.name] = [{f"image/{key}": value for key, value in image[-1].items()}]
@@ -195,7 +204,15 @@ def results(root: Path, arms: Sequence[Arm] = ARMS) -> dict[str, list[dict[str, 
 
 def _scores(root: Path) -> dict[str, list[dict[str, Any]]]:
     """Stage -> its evaluations; of a run that has none yet, nothing."""
-    path = root / "scores.json"
+    return _read(root / "scores.json")
+
+
+def _costs(root: Path) -> dict[str, dict[str, float]]:
+    """Arm -> what it costs, of those that were measured."""
+    return _read(root / "costs.json")
+
+
+def _read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
@@ -238,7 +255,8 @@ def tables(found: dict[str, list[dict[str, Any]]], arms: Sequence[Arm] = ARMS) -
             rows = found.get(arm.name, [])
             cells = ["not run"] * len(keys)
             if rows and title == "cost":  # of the arm, not of a seed
-                cells = [f"{rows[0][key]:,.3g}" if key in rows[0] else "not run" for key in keys]
+                costs = rows[0]
+                cells = [f"{costs[key]:.3g}" if key in costs else "not measured" for key in keys]
             elif rows:
                 cells = [interval([row[key] for row in rows if key in row]) for key in keys]
             lines.append(f"| {arm.title} | {len(rows)} | " + " | ".join(cells) + " |")
@@ -336,6 +354,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     arms = [arm for arm in ARMS if arm.name in args.arm]
     if args.report:
+        measure_finished(args.output, args.recipe, args.overrides)
         args.report.parent.mkdir(parents=True, exist_ok=True)
         args.report.with_suffix(".md").write_text(tables(results(args.output)))
         curves(args.output, args.report.with_suffix(".png"))

@@ -373,7 +373,9 @@ class CaptionedLatents(SmallStage):
                 f"text.hidden_size is {expected}: set it to {width}"
             )
         tokenizer.save_pretrained(self.pipeline / "tokenizer")
-        encoder.float().save_pretrained(folder)
+        unfinished = folder.with_suffix(".tmp")
+        encoder.float().save_pretrained(unfinished)
+        os.replace(unfinished, folder)
 
     def _learn_tokenizer(self) -> None:
         folder = self.pipeline / "tokenizer"

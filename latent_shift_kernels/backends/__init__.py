@@ -105,12 +105,11 @@ def load(choose: Choose) -> None:
                 REFUSED[device, kernel] = "LATENT_SHIFT_BACKEND=reference"
         return
 
-    triton: dict[str, Callable[..., Any]] | None = None
+    triton: dict[str, Callable[..., Any]] | None = None  # that which stands beside C++
     if backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
         REFUSED["cpu", "cpu"] = "LATENT_SHIFT_BACKEND=triton with TRITON_INTERPRET=1"
-        triton = _attach_triton("cpu")
-        served = triton is not None
-        _attach_fused_conv2d("cpu", choose)
+        served = _attach_triton("cpu") is not None
+        _attach_fused_conv2d("cpu", choose, None)
     else:
         REFUSED["cpu", "triton"] = "Triton runs on GPUs"
         served = _attach_library("cpu", "_C")
@@ -145,7 +144,7 @@ def load(choose: Choose) -> None:
         served = _attach_triton("cuda") is not None
     if not served:
         _warn_on_use("cuda")
-    _attach_fused_conv2d("cuda", choose)
+    _attach_fused_conv2d("cuda", choose, triton)
 
 
 def library_path(name: str) -> Path | None:
@@ -267,25 +266,26 @@ def _attach_choice(
     _python_kernels.append(library)
 
 
-def _attach_fused_conv2d(device: str, choose: Choose) -> None:
-    """Puts a kernel that holds the convolution in front of the composition, where something may
-    choose it."""
-    if not _stands(device, f"{CONV2D}_fused"):
-        return
-    kernel = SERVING[device]["shift_add_group_norm_silu"]
-    preferred = FORCED_CONV2D == "fused" or _prefers(device, kernel, CONV2D)
+def _attach_fused_conv2d(
+    device: str, choose: Choose, triton: dict[str, Callable[..., Any]] | None
+) -> None:
+    """Puts the kernels that hold the convolution in front of the composition, where something may
+    choose one."""
+    name, fused = f"{CONV2D}_fused", dict[str, Callable[..., Any]]()
+    if _stands(device, name):
+        fused[SERVING[device]["shift_add_group_norm_silu"]] = getattr(torch.ops.latent_shift, name)
+    if triton is not None:
+        fused.setdefault("triton", triton[name])
+    preferred = [k for k in fused if FORCED_CONV2D == "fused" or _prefers(device, k, CONV2D)]
     if FORCED_CONV2D == "composed" or not preferred:
         return
-    fused, composed = (
-        torch.ops.latent_shift.shift_group_norm_silu_conv2d_fused,
-        ops.COMPOSED[CONV2D],
-    )
+    composed = ops.COMPOSED[CONV2D]
 
     def fused_or_composed(*args: Any) -> Any:
-        return (composed if choose(CONV2D, args) == "composed" else fused)(*args)
+        return fused.get(choose(CONV2D, args), composed)(*args)
 
     _register(device, {CONV2D: fused_or_composed})
-    SERVING[device][CONV2D] = kernel
+    SERVING[device][CONV2D] = preferred[0]
 
 
 def refused_conv2d(

@@ -37,6 +37,7 @@ from .fusion import (
     Site,
     Step,
     exchange,
+    is_bare,
     itemsize,
     joined,
     left,
@@ -118,7 +119,7 @@ class FusedResnetBlock2D(Fused, ResnetBlock2D):
 
         if self.conv_shortcut is None:
             input_tensor = joined(input_tensor)
-        elif isinstance(input_tensor, Joined) and _is_pointwise(self.conv_shortcut):
+        elif isinstance(input_tensor, Joined) and _is_plain(self.conv_shortcut, 1):
             input_tensor = _pointwise(self.conv_shortcut, *input_tensor.parts)
         else:
             input_tensor = self.conv_shortcut(joined(input_tensor))
@@ -152,14 +153,12 @@ class FusedResnetBlock2D(Fused, ResnetBlock2D):
         composed = serving.get(backends.CONV2D, "composed") == "composed"
         if composed and not (self.recompute and torch.is_grad_enabled()):
             return False
-        return self._has_bare_convolutions()
+        return self._has_bare_halves()
 
-    def _has_bare_convolutions(self) -> bool:
-        drops = self.training and self.dropout.p > 0
-        return not drops and not any(
-            obstacle(name, conv, nn.Conv2d)
-            for name, conv in (("conv1", self.conv1), ("conv2", self.conv2))
-        )
+    def _has_bare_halves(self) -> bool:
+        bare = is_bare(self.norm1) and is_bare(self.norm2)
+        bare = bare and _is_plain(self.conv1, 3) and _is_plain(self.conv2, 3)
+        return bare and not (self.training and self.dropout.p > 0)
 
     def _num_frames(self, x: Tensor, temb: Tensor | None) -> int:
         if self.spec is None:
@@ -211,13 +210,18 @@ def _half(norm: Any, conv: nn.Conv2d, x: Tensor, num_frames: int, **tensors: Any
     )
 
 
-def _is_pointwise(conv: nn.Module) -> bool:
-    return obstacle("conv_shortcut", conv, nn.Conv2d) is None and (
-        conv.kernel_size,
-        conv.stride,
-        conv.padding,
-        conv.groups,
-    ) == ((1, 1), (1, 1), (0, 0), 1)
+def _is_plain(conv: nn.Module, side: int) -> bool:
+    """Whether ``conv`` is a bare convolution of ``side`` x ``side`` that keeps the size of an image
+    by zeros."""
+    return (
+        type(conv) is nn.Conv2d
+        and is_bare(conv)
+        and conv.kernel_size == (side, side)
+        and conv.padding == (side // 2, side // 2)
+        and conv.stride == conv.dilation == (1, 1)
+        and conv.groups == 1
+        and conv.padding_mode == "zeros"
+    )
 
 
 def _pointwise(conv: Any, x: Tensor, skip: Tensor) -> Tensor:
@@ -448,10 +452,11 @@ def _is_fused(module: nn.Module) -> bool:
 
 def _unfuse(model: nn.Module, modules: Iterable[nn.Module]) -> None:
     for module in list(modules):
+        if isinstance(module, FusedResnetBlock2D):
+            module.__dict__.pop("recompute", None)
         if isinstance(module, ShiftResnetBlock2D):
             module.unshifted = ResnetBlock2D
         elif isinstance(module, Fused):
-            module.__dict__.pop("recompute", None)
             exchange(module, module.plain)
     unshare_inputs(model)
 
@@ -513,7 +518,9 @@ class JoiningUpBlock:
         **kwargs: Any,
     ) -> Tensor:
         # A compiler makes the copy part of what reads it.
-        if not torch.compiler.is_compiling() and all(
+        # To a checkpoint that runs it twice it has to be one tensor.
+        twice = getattr(self, "gradient_checkpointing", False) and torch.is_grad_enabled()
+        if not (torch.compiler.is_compiling() or twice) and all(
             isinstance(resnet, FusedResnetBlock2D)
             and resnet._as_halves(hidden_states)
             and not obstacle("", resnet, ResnetBlock2D)
@@ -727,15 +734,17 @@ def recompute_activations(model: nn.Module, enabled: bool = True) -> int:
     """Lets the ResNet blocks of a fused or shifted model compute norm and activation again in the
     backward pass, in place: they then keep the inputs of their two norms and nothing else, half of
     what they do otherwise, for one more pass of each norm. Results and gradients stay what they
-    are.
+    are; where autocast meets a wider input, the block's result has autocast's dtype.
 
     Args:
-        model: After :func:`fuse` or a shift; :func:`unfuse` ends it.
+        model: After :func:`fuse` or a shift; :func:`unfuse` ends it, and so does taking a shift
+            back.
         enabled: False takes it back.
 
     Returns:
-        The number of blocks that do so; what carries hooks or adapters on its convolutions, drops
-        activations or resamples keeps them as before.
+        The number of blocks that do so now; one that carries hooks or adapters on its norms and
+        convolutions, drops activations, resamples, or has convolutions of another kind keeps what
+        it kept.
 
     Raises:
         ValueError: If no ResNet block of ``model`` is fused or shifted.
@@ -748,7 +757,7 @@ def recompute_activations(model: nn.Module, enabled: bool = True) -> int:
     for block in blocks:
         block.recompute = enabled
     return sum(
-        enabled and not (block.upsample or block.downsample) and block._has_bare_convolutions()
+        enabled and not (block.upsample or block.downsample) and block._has_bare_halves()
         for block in blocks
     )
 

@@ -206,16 +206,26 @@ def plain_class(module: Any) -> type[nn.Module]:
     return module.plain if isinstance(module, Fused) else type(module)
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 def obstacle(name: str, module: nn.Module, kind: type[nn.Module]) -> str | None:
     """Why the ``kind`` called ``name`` cannot be merged with its neighbour, if it cannot."""
     if plain_class(module) is not kind:
         return f"{name} is {type(module).__name__}, not {kind.__name__}"
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    if any(getattr(module, hook) for hook in hooks):
+    if any(getattr(module, hook) for hook in _HOOKS):
         return f"{name} carries hooks, which would see another tensor"
     if runs_other_forward(module):
         return f"the forward of {name} was replaced"
     return None
+
+
+def is_bare(module: nn.Module) -> bool:
+    """Whether reading the parameters of ``module`` is as good as calling it: nobody hooks or wraps
+    it, be it to bring its parameters from elsewhere."""
+    own = vars(module)
+    wrapped = "forward" in own or "_conv_forward" in own
+    return not (wrapped or any(own[hooks] for hooks in _HOOKS))
 
 
 def runs_other_forward(module: nn.Module) -> bool:

@@ -1,8 +1,8 @@
 """Every CUDA kernel compiles for every architecture without a GPU, without spilling a register and
 with 16-byte accesses.
 
-``KERNELS`` lists instantiations; those of ``EVERYWHERE`` are compiled for every architecture in one
-file each, the others for one. Run with ``-s`` for registers, shared memory and occupancy.
+``KERNELS`` lists instantiations, and the architectures of those that are not compiled for all. Run
+with ``-s`` for registers, shared memory and occupancy.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ The matrix of tests/kernels/test_operators.py runs there too, with LATENT_SHIFT_
 """
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 import latent_shift_kernels as lsk
 from latent_shift_kernels import ShiftSpec, reference
+from tests.host import test_conv as conv
 
 pytestmark = [
     pytest.mark.gpu,
@@ -59,6 +61,76 @@ def test_a_captured_graph_follows_changed_inputs(arguments):
         graph.replay()
         for got, expected in zip(captured, block(*arguments), strict=True):
             assert torch.equal(got, expected)
+
+
+# More tiles and more blocks of channels than the host executor has time for.
+CONVOLUTIONS = {
+    **conv.CASES,
+    "wide": replace(conv.BASE, size=(10, 34), lengths=(4,), out=328, out_offsets=(-1, 0, 1)),
+    "site": conv.Case(
+        lengths=(16,),
+        size=(32, 32),
+        channels=320,
+        skip=320,
+        out=320,
+        groups=32,
+        tables=True,
+        residual=True,
+        out_offsets=(-1, 0, 1),
+        sums=True,
+        filter_last=True,
+    ),
+}
+
+
+def convolve(case: conv.Case, given: dict[str, Tensor | None], device: str) -> dict[str, Tensor]:
+    """The kernel that holds the convolution; the composition where there is no device."""
+    on = {name: None if t is None else t.to(device) for name, t in given.items()}
+    name = "shift_group_norm_silu_conv2d" + ("_fused" if device == "cuda" else "")
+    tables = (on[name] for name in ("temb", "weight", "bias", "ada_scale", "ada_shift"))
+    starts = torch.tensor([0, *case.lengths]).cumsum(0).int().to(device) if case.packed else None
+    out, mean, rstd, sums = getattr(torch.ops.latent_shift, name)(
+        on["x"], on["skip"], *tables, case.groups, conv.EPS,
+        on["filter"], on["filter_bias"], on["out_temb"], on["residual"], case.scale,
+        starts, 1 if case.packed else case.lengths[0],
+        case.slices or conv.thirds(case.all_channels), case.offsets, case.after,
+        case.out_slices or conv.thirds(case.out), case.out_offsets, case.boundary, case.sums,
+    )  # fmt: skip
+    return {"out": out, "mean": mean, "rstd": rstd, "sums": sums}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_the_convolution_matches_fp64(name):
+    case = CONVOLUTIONS[name]
+    given = conv.problem(case)
+    got = {key: value.cpu() for key, value in convolve(case, given, "cuda").items()}
+    conv.check(case, got, conv.expected(case, given))
+
+
+def test_a_hundred_convolutions_agree_in_every_bit():
+    case = CONVOLUTIONS["site"]
+    given = conv.problem(case)
+    first = convolve(case, given, "cuda")
+    for _ in range(99):
+        again = convolve(case, given, "cuda")
+        assert all(torch.equal(first[key], again[key]) for key in first)
+
+
+def test_a_captured_convolution_follows_changed_inputs():
+    case = CONVOLUTIONS["site"]
+    given = {k: None if t is None else t.cuda() for k, t in conv.problem(case).items()}
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        convolve(case, given, "cuda")
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = convolve(case, given, "cuda")
+    given["x"].copy_(torch.randn_like(given["x"]))
+    graph.replay()
+    expected = convolve(case, given, "cuda")
+    assert all(torch.equal(captured[key], expected[key]) for key in captured)
 
 
 def test_the_current_stream_is_used(arguments):

@@ -166,6 +166,25 @@ def test_every_tile_of_triton_is_tried_and_right(op, monkeypatch):
     assert choices.lookup(CPU, key) is None, "a trial has left something behind"
 
 
+@pytest.mark.parametrize("preferred", ["cuda", "triton"])
+def test_each_call_of_the_convolution_gets_the_kernel_it_was_given(preferred, monkeypatch):
+    """Where CUDA C++ stands and Triton beside it; on no device."""
+    served, attached = [], {}
+    name = f"{backends.CONV2D}_fused"
+    monkeypatch.setitem(backends.SERVING, "cuda", {"shift_add_group_norm_silu": "cuda"})
+    monkeypatch.setattr(backends, "_stands", lambda device, op: True)
+    monkeypatch.setattr(backends, "_register", lambda device, kernels: attached.update(kernels))
+    monkeypatch.setattr(backends, "_prefers", lambda device, kernel, op: kernel == preferred)
+    monkeypatch.setattr(torch.ops.latent_shift, name, lambda *_: served.append("cuda"))
+    monkeypatch.setitem(ops.COMPOSED, backends.CONV2D, lambda *_: served.append("composed"))
+    triton = {name: lambda *_: served.append("triton")}
+    backends._attach_fused_conv2d("cuda", lambda op, arguments: arguments[0], triton)
+    for kernel in ("triton", "composed", "cuda"):
+        attached[backends.CONV2D](kernel)
+    assert served == ["triton", "composed", "cuda"]
+    assert backends.SERVING["cuda"][backends.CONV2D] == preferred
+
+
 @native
 def test_what_was_chosen_serves():
     """In a process of its own: what serves is settled at import."""

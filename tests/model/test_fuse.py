@@ -3,11 +3,14 @@
 import copy
 import pickle
 import re
+from functools import partial
 from pathlib import Path
 
 import diffusers
 import pytest
 import torch
+import torch.nn.functional as F
+import torch.utils.checkpoint
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D, TemporalConvLayer
@@ -214,14 +217,48 @@ def test_recomputed_activations_halve_what_a_block_keeps():
     torch.testing.assert_close(got, expected)
 
 
-def test_blocks_that_cannot_recompute_go_on_as_before():
-    block = ResnetBlock2D(in_channels=32, temb_channels=16, groups=8)
-    block.conv1.register_forward_hook(lambda *_: None)
+@pytest.mark.parametrize("change", ["hook", "norm's hook", "circular", "dropout", "conv_forward"])
+def test_blocks_that_cannot_recompute_go_on_as_before(change):
+    block, seen = ResnetBlock2D(in_channels=32, temb_channels=16, groups=8).train(), []
     fuse(block)
+    if change == "hook":
+        block.conv1.register_forward_hook(lambda *_: seen.append(1))
+    elif change == "norm's hook":
+        block.norm2.register_forward_hook(lambda *_: seen.append(1))
+    elif change == "circular":
+        block.conv2.padding_mode = "circular"
+        block.conv2._reversed_padding_repeated_twice = [1, 1, 1, 1]
+    elif change == "dropout":
+        block.dropout.p = 0.5
+    else:
+        block.conv1._conv_forward = lambda x, weight, bias: (
+            0.5 * F.conv2d(x, weight, bias, padding=1)
+        )
     x, temb = torch.randn(2, 32, 4, 4), torch.randn(2, 16)
+    torch.manual_seed(0)
     expected = block(x, temb)
     assert recompute_activations(block) == 0
+    torch.manual_seed(0)
     assert torch.equal(block(x, temb), expected)
+    assert len(seen) == (2 if "hook" in change else 0)
+
+
+def test_recomputing_under_offloading_and_checkpoints():
+    """Hooks that bring parameters are run, and a checkpoint is given tensors."""
+    from accelerate import cpu_offload
+
+    model = insert_shift(zoo.build("unet2d_condition")).train()
+    args = (torch.randn(2, 4, 3, 8, 8), torch.tensor([3, 700]), torch.randn(2, 5, 24))
+    recompute_activations(model)
+    expected = gradients(model, args)
+    model.zero_grad()
+    reentrant = partial(torch.utils.checkpoint.checkpoint, use_reentrant=True)
+    model.enable_gradient_checkpointing(reentrant)
+    torch.testing.assert_close(gradients(model, args), expected, rtol=1e-3, atol=1e-7)
+    model.disable_gradient_checkpointing()
+    output = model(*args).sample
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    torch.testing.assert_close(model(*args).sample, output, rtol=1e-4, atol=1e-5)
 
 
 def test_autocast():

@@ -491,6 +491,16 @@ def config_key(x: Tensor, cin: int, cout: int) -> str:
 # Host code.
 
 
+def _allows_tf32() -> bool:
+    """Whether PyTorch's own convolutions may: where nothing is said of them, what holds for cuDNN,
+    and then for everything."""
+    cudnn: Any = torch.backends.cudnn
+    for settings in (cudnn.conv, cudnn, torch.backends):
+        if settings.fp32_precision != "none":
+            return settings.fp32_precision == "tf32"
+    return False
+
+
 def shift_group_norm_silu_conv2d_fused(
     x: Tensor,
     skip: Tensor | None,
@@ -642,7 +652,7 @@ def shift_group_norm_silu_conv2d_fused(
         SKIP_STRADDLES=skip_straddles,
         OUT_VEC=out_vec,
         OUT_STRADDLES=out_straddles,
-        PRECISION="tf32" if torch.backends.cudnn.allow_tf32 else "ieee",
+        PRECISION="tf32" if x.dtype == torch.float32 and _allows_tf32() else "ieee",
         BLOCK_P=config.block_p,
         BLOCK_O=config.block_o,
         BLOCK_K=config.block_k,
