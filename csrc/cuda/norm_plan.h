@@ -104,6 +104,16 @@ inline void place_threads(NormPlan& plan) {
   plan.threads = round_up(t.lanes_c * t.lanes_p, 32);
 }
 
+// Half of the lanes along pixels, whose sums per channel wait side by side in shared memory; false
+// where too few threads would be left.
+inline bool fewer_partials(NormPlan& plan) {
+  NormTiling& t = plan.tiling;
+  if (!t.channels_last || t.lanes_p == 1 || plan.threads < 256) return false;
+  t.lanes_p = t.partial_rows = ceil_div(t.lanes_p, 2);
+  plan.threads = round_up(t.lanes_c * t.lanes_p, 32);
+  return true;
+}
+
 inline void place_shared(NormPlan& plan, const NormShape& shape, const NormNeeds& needs) {
   NormTiling& t = plan.tiling;
   const int size = size_of(shape.dtype), sum_size = shape.dtype == DType::kDouble ? 8 : 4;
@@ -173,7 +183,10 @@ inline NormPlan plan_norm(const NormShape& shape, const NormNeeds& needs, const 
       t.tiles_p = plan.split ? ceil_div(t.units_p, t.tile_p) : t.cluster;
       detail::place_threads(plan);
       detail::place_shared(plan, shape, needs);
-      if (plan.shared > static_cast<size_t>(limits.shared_per_block)) return false;
+      const auto most = static_cast<size_t>(limits.shared_per_block);
+      while (plan.shared > most && detail::fewer_partials(plan))
+        detail::place_shared(plan, shape, needs);
+      if (plan.shared > most) return false;
       plan.cost = detail::norm_cost(plan, shape, needs, limits);
       if (plan.cost < best.cost) best = plan;
       return true;

@@ -37,6 +37,13 @@ def test_sites_without_a_skip_take_one_block_a_slab():
             assert plan.variant == "one launch" and plan.blocks >= 128, (site, plan)
 
 
+@pytest.mark.parametrize("machine", MACHINES, ids=lambda machine: f"sm_{machine.arch}")
+def test_sites_without_a_skip_are_read_once_everywhere(machine):
+    for site in unet_sites(256, 32):
+        if site.block.startswith("down"):
+            assert cost.plan_norm(norm(site), machine).variant != "split", site
+
+
 @pytest.mark.parametrize("frames", [16, 32, 64])
 def test_hopper_reads_once(frames):
     for site in unet_sites(256, frames) + unet_sites(512, frames):
