@@ -79,6 +79,7 @@ class Work:
     residual: bool = False
     skip_channels: int = 0
     out_channels: int = 0  # of the convolution; as many as go in where 0
+    aligned: bool = True  # every tensor, to 16 bytes
 
     @property
     def elements(self) -> int:
@@ -223,7 +224,7 @@ def plan_norm(work: Work, device: Device, *, backward: bool = False) -> NormPlan
         return None
     shape = (
         _DTYPES.index(work.dtype), work.channels_last, frames, channels, height * width,
-        work.num_groups, True,
+        work.num_groups, work.aligned,
     )  # fmt: skip
     said = _ask("latent_shift_plan_norm", 12, device, shape, backward)
     return None if said is None else NormPlan(*said)

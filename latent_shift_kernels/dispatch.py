@@ -183,7 +183,7 @@ def explain(
 
     Args:
         op: An operator of ``torch.ops.latent_shift``, e.g. "shift_add_group_norm_silu".
-        tensors: Its tensor arguments, or just the first.
+        tensors: Its tensor arguments, or just the first; a second of its shape is the residual.
         skip, filter: Those of ``shift_group_norm_silu_conv2d``, which decide too.
         num_groups: Of the norm; the launch of a CUDA kernel depends on it.
 
@@ -211,12 +211,17 @@ def explain(
     by = f", {decision.by}" if decision.by else ""
     lines = [f"{op} on {x.device.type} {dtype} {shape}: {title(decision.kernel, kernels)}{by}"]
     if x.dim() == 4 and x.dtype in _DTYPES and x.numel():
-        lines.append(f"  {_cost(call, decision.kernel, num_groups)}")
+        lines.append(f"  {_cost(call, decision.kernel, num_groups, tensors)}")
     lines += [f"  not {_TITLES[kernel]}: {reason}" for kernel, reason in decision.refused]
     if decision.kernel != "reference" and x.dtype not in _DTYPES:
         lines.append(
             f"  but {dtype} is refused: the kernels take float32, bfloat16, float16 and float64"
         )
+    if decision.kernel == "cuda":
+        if torch.cuda.get_device_capability(x.device) < (8, 0):
+            lines.append("  but it is refused here: CUDA C++ takes sm_80 and later")
+        if not _aligned(tensors):
+            lines.append("  element by element: a tensor does not begin at a multiple of 16 bytes")
     for tensor in tensors:
         if decision.kernel != "reference" and tensor.dim() == 4 and not _dense_like(tensor, x):
             lines.append(
@@ -226,7 +231,7 @@ def explain(
     return "\n".join(lines)
 
 
-def _cost(call: Call, kernel: str, num_groups: int) -> cost.Cost:
+def _cost(call: Call, kernel: str, num_groups: int, tensors: tuple[Tensor, ...]) -> cost.Cost:
     x, skip, filter = call.x, call.skip, call.filter
     frames, channels, height, width = x.shape
     work = cost.Work(
@@ -235,8 +240,10 @@ def _cost(call: Call, kernel: str, num_groups: int) -> cost.Cost:
         x.dtype,
         x.stride(1) == 1,
         num_groups,
+        residual=any(tensor.shape == x.shape for tensor in tensors[1:]),
         skip_channels=0 if skip is None else skip.shape[1],
         out_channels=0 if filter is None else filter.shape[0],
+        aligned=_aligned(tensors),
     )
     limits = cost.Device.of(x.device) if x.device.type == "cuda" else None
     if kernel == "composed" and call.op == CONV2D:
@@ -251,6 +258,12 @@ def title(kernel: str, kernels: dict[str, str]) -> str:
         norm = title(kernels["shift_add_group_norm_silu"], kernels)
         return f"composed of shift_add_group_norm_silu ({norm}) and PyTorch's convolution"
     return _TITLES[kernel] + (f" ({backends.cpu_isa()})" if kernel == "cpu" else "")
+
+
+def _aligned(tensors: tuple[Tensor, ...]) -> bool:
+    return all(
+        tensor.data_ptr() % 16 == 0 for tensor in tensors if tensor.device.type in ("cpu", "cuda")
+    )
 
 
 def _dense_like(tensor: Tensor, x: Tensor) -> bool:

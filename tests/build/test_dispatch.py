@@ -34,6 +34,12 @@ def test_explain_names_copies():
 
 
 @native
+def test_explain_counts_what_it_is_given():
+    x = torch.zeros(2, 32, 8, 8)  # 16 kB
+    alone, joined = (explain("shift_add_group_norm_silu", *[x] * count) for count in (1, 2))
+    assert "moves 32.8 kB" in alone and "moves 65.5 kB" in joined
+
+
 def test_explain_names_refused_dtypes():
     assert "int32 is refused" in explain("shift_add", torch.zeros(2, 3, 4, 4, dtype=torch.int32))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,12 @@ def test_sites_without_a_skip_are_read_once_everywhere(machine):
     for site in unet_sites(256, 32):
         if site.block.startswith("down"):
             assert cost.plan_norm(norm(site), machine).variant != "split", site
+
+
+def test_what_is_not_aligned_is_planned_by_elements():
+    site = unet_sites(256, 32)[0]
+    assert cost.plan_norm(norm(site), H200).vector == 8
+    assert cost.plan_norm(replace(norm(site), aligned=False), H200).vector == 1
 
 
 @pytest.mark.parametrize("frames", [16, 32, 64])
