@@ -67,6 +67,8 @@ class Kernel:
 
     @property
     def declaration(self) -> str:
+        if "<" not in self.name:
+            return ""  # no template, there as soon as its header is
         return (
             f"template __global__ void latent_shift::cuda::{self.name}"
             f"(const __grid_constant__ latent_shift::cuda::{self.params});"
@@ -90,7 +92,7 @@ BACKWARD = (
     "shift_add_group_norm_silu_backward",
     "NormBackwardParams",
 )
-COMMON = ("__nv_bfloat16, 8, 1",)
+COMMON = ("__nv_bfloat16, 8, 1", "__nv_bfloat16, 1, 8")
 # channels_last and NCHW of the other dtypes
 OTHERS = ("__half, 1, 8", "float, 4, 1", "float, 1, 4", "double, 2, 1")
 MOVE = (LOAD, STORE)
@@ -134,8 +136,10 @@ KERNELS = [
     Kernel(BACKWARD[0], "norm_parameters_kernel<float>", "NormParameterParams", 256),
     Kernel(FORWARD[0], f"{FORWARD[1]}_kernel<__nv_bfloat16, 1, 1>", FORWARD[2], 512, **only(90)),
     Kernel(BACKWARD[0], f"{BACKWARD[1]}_kernel<__nv_bfloat16, 1, 1>", BACKWARD[2], 512, **only(90)),
-    conv("conv_statistics_kernel<__nv_bfloat16>", "StatisticsParams", 256, LOAD, **only(80, 90)),
-    conv("conv_pack_kernel<__nv_bfloat16>", "PackParams", 256, STORE, **only(80, 90)),
+    conv("conv_statistics_kernel<__nv_bfloat16>", "StatisticsParams", 256, LOAD),
+    conv("conv_pack_kernel<__nv_bfloat16>", "PackParams", 256, STORE),
+    conv("conv_fold_kernel", "FoldParams", 128),
+    conv("conv_sums_kernel", "SumsParams", 128),
     *(
         conv(
             f"{CONV}_mma_kernel<{dtype}, {columns}>",
