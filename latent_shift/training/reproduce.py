@@ -253,13 +253,13 @@ def tables(found: dict[str, list[dict[str, Any]]], arms: Sequence[Arm] = ARMS) -
         first = [IMAGE] if title == "single frames" else []
         for arm in [*first, *arms]:
             rows = found.get(arm.name, [])
-            cells = ["not run"] * len(keys)
-            if rows and title == "cost":  # of the arm, not of a seed
-                costs = rows[0]
+            seeds, cells = len(rows), ["not run"] * len(keys)
+            if rows and title == "cost":  # the first seed's
+                seeds, costs = 1, rows[0]
                 cells = [f"{costs[key]:.3g}" if key in costs else "not measured" for key in keys]
             elif rows:
                 cells = [interval([row[key] for row in rows if key in row]) for key in keys]
-            lines.append(f"| {arm.title} | {len(rows)} | " + " | ".join(cells) + " |")
+            lines.append(f"| {arm.title} | {seeds} | " + " | ".join(cells) + " |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
 
