@@ -4,20 +4,28 @@
     python benchmarks/bench_shift.py --quick         # one small site, under a minute
     python benchmarks/bench_shift.py --op shift_add --dtype bf16 --json rows.json --plot rows.png
 
-All providers compute the same function, with the paper's thirds (arXiv 2304.08477) and zeros at
-the ends of a clip:
+Providers compute the same function, with the paper's thirds (arXiv 2304.08477) and zeros at the
+ends of a clip:
 
 latent-shift  the operators of this repository
+...+fused     their kernel that holds the convolution; forward only
 roll          torch.roll of the moved slices, their wrapped frames zeroed, torch.cat; then PyTorch's
-              own addition, group_norm and silu
+              own addition, group_norm, silu and conv2d
 tsm           TSM's slice assignment into zeros (arXiv 1811.08383), then the same
-...+compile   torch.compile of those, fixed shapes
+...+compile   torch.compile of those, fixed shapes, max-autotune on a GPU; its CUDA graphs are those
+              of --launch graph, which everybody gets
 clone         x.clone(), the copy that bandwidths are a share of
 
+but for two that compute a part, and are held to that part:
+
+group_norm    PyTorch's group_norm and silu, nothing shifted
+conv2d        PyTorch's conv2d alone: no shift, norm or activation
+
 Forward is timed with no gradient required. Backward is torch.autograd.grad(retain_graph=True) on a
-graph that is built once, for every provider. Nothing is timed before its results agree with fp64 on
-that very shape. Providers take turns, so that ratios come from one run. A provider that loses the
-layout of its input is marked and not charged for the conversion back.
+graph that is built once, for every provider; forward+backward builds it in every call. Nothing is
+timed before its results agree with fp64 on that very shape. Providers take turns, so that ratios
+come from one run. A provider that loses the layout of its input is marked and not charged for the
+conversion back.
 """
 
 from __future__ import annotations
@@ -26,6 +34,7 @@ import argparse
 import runpy
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import product
@@ -42,7 +51,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import command
 from sites import CLIP_FRAMES, EPS, MAIN, NUM_GROUPS, Site, unet_sites
-from timing import Call, environment, interleave, last_level_cache
+from timing import Call, captured, environment, interleave, last_level_cache
 
 import latent_shift_kernels as kernels
 from latent_shift_kernels import ShiftSpec, reference
@@ -53,14 +62,17 @@ Shift = Callable[[Tensor, ShiftSpec], Tensor]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
-PASSES = ("forward", "backward")
+PASSES = ("forward", "backward", "forward+backward")
+LAUNCHES = ("calls", "graph")
+GRAPH_CALLS = 20  # at least, in a graph: its own launch is shared by them
 # Largest error over largest value. Eager bf16 rounds between its kernels: a few units of 2**-9.
 TOLERANCES = {"fp32": 1e-4, "bf16": 3e-2, "fp16": 4e-3}
 
 
 @dataclass(frozen=True)
 class Op:
-    """What is computed, and how many tensors of the size of x a perfect kernel reads and writes."""
+    """What is computed, and how many tensors of the size of x a perfect kernel reads and writes,
+    besides those of the convolution's size."""
 
     name: str
     operator: str
@@ -69,14 +81,25 @@ class Op:
     residual: bool = False
     norm: bool = False
     shift_after: bool = False
+    conv: bool = False
 
-    def floor_bytes(self, direction: str, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    def floor_bytes(self, direction: str, site: Site, dtype: torch.dtype) -> int:
         """Bytes that must move: the same for every provider."""
-        tensors = self.forward_tensors if direction == "forward" else self.backward_tensors
-        return tensors * torch.Size(shape).numel() * dtype.itemsize
+        elements = torch.Size(site.shape).numel()
+        forward, backward = self.forward_tensors * elements, self.backward_tensors * elements
+        if self.conv:
+            out, filter = elements // site.channels * site.out_channels, _filter_of(site).numel()
+            forward, backward = forward + out + filter, backward + out + 2 * filter
+        moved = {"forward": forward, "backward": backward, "forward+backward": forward + backward}
+        return moved[direction] * dtype.itemsize
+
+
+def _filter_of(site: Site) -> torch.Size:
+    return torch.Size((site.out_channels, site.channels, 3, 3))
 
 
 _NORM = "shift_add_group_norm_silu"
+_CONV = "shift_group_norm_silu_conv2d"
 OPS = {
     op.name: op
     for op in (
@@ -85,6 +108,7 @@ OPS = {
         Op("shift+group_norm_silu", _NORM, 2, 3, norm=True),
         Op("group_norm_silu+shift", _NORM, 2, 3, norm=True, shift_after=True),
         Op(_NORM, _NORM, 4, 5, residual=True, norm=True),  # returns the sum as well
+        Op(_CONV, _CONV, 1, 2, norm=True, conv=True),
     )
 }
 
@@ -99,12 +123,13 @@ class Case:
     layout: str
     direction: str
     cache: str
+    launch: str
 
     def __str__(self) -> str:
         frames = self.site.shape[0]
         return (
             f"{self.op.name} {self.direction}, {self.site.name}, {frames} frames, {self.dtype} "
-            f"{self.layout}, {self.cache} cache"
+            f"{self.layout}, {self.cache} cache, {self.launch}"
         )
 
 
@@ -140,6 +165,10 @@ def true_shift(x: Tensor, spec: ShiftSpec) -> Tensor:
     )
 
 
+def no_shift(x: Tensor, spec: ShiftSpec) -> Tensor:
+    return x
+
+
 def composed(op: Op, shift: Shift, spec: ShiftSpec) -> Function:
     """``op`` out of a shift and PyTorch's own functions."""
 
@@ -148,6 +177,7 @@ def composed(op: Op, shift: Shift, spec: ShiftSpec) -> Function:
         residual: Tensor | None = None,
         weight: Tensor | None = None,
         bias: Tensor | None = None,
+        filter: Tensor | None = None,
     ) -> Tensors:
         if not op.shift_after:
             x = shift(x, spec)
@@ -158,9 +188,16 @@ def composed(op: Op, shift: Shift, spec: ShiftSpec) -> Function:
         y = F.silu(F.group_norm(x, NUM_GROUPS, weight, bias, EPS))
         if op.shift_after:
             y = shift(y, spec)
+        if op.conv:
+            return (F.conv2d(y, filter, padding=1),)
         return (y,) if residual is None else (y, x)
 
     return run
+
+
+def convolution(x: Tensor, filter: Tensor, **others: Tensor) -> Tensors:
+    """The convolution, without what comes before it."""
+    return (F.conv2d(x, filter, padding=1),)
 
 
 def fused(op: Op, spec: ShiftSpec) -> Function:
@@ -171,7 +208,13 @@ def fused(op: Op, spec: ShiftSpec) -> Function:
         residual: Tensor | None = None,
         weight: Tensor | None = None,
         bias: Tensor | None = None,
+        filter: Tensor | None = None,
     ) -> Tensors:
+        if op.conv:
+            y = kernels.shift_group_norm_silu_conv2d(
+                x, weight, bias, NUM_GROUPS, filter, eps=EPS, spec=spec, num_frames=CLIP_FRAMES
+            )
+            return (y,)
         if op.norm:
             y = kernels.shift_add_group_norm_silu(
                 x,
@@ -192,6 +235,22 @@ def fused(op: Op, spec: ShiftSpec) -> Function:
     return run
 
 
+def fused_convolution(op: Op, spec: ShiftSpec) -> Function:
+    """The kernel that holds the convolution, whatever is served otherwise."""
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor, filter: Tensor) -> Tensors:
+        none, out_channels = None, filter.shape[0]
+        offsets = spec.offsets(CLIP_FRAMES)
+        out, *_ = torch.ops.latent_shift.shift_group_norm_silu_conv2d_fused(
+            x, none, none, weight, bias, none, none, NUM_GROUPS, EPS, filter, none, none, none, 1.0,
+            none, CLIP_FRAMES, spec.sizes, offsets, False, [0, out_channels, 0], [0, 0, 0],
+            spec.boundary, False,
+        )  # fmt: skip
+        return (out,)
+
+    return run
+
+
 def compiled(function: Function, device: torch.device) -> Function:
     mode = "max-autotune-no-cudagraphs" if device.type == "cuda" else "default"
     return torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
@@ -201,12 +260,48 @@ def clone(x: Tensor, **others: Tensor) -> Tensors:
     return (x.clone(),)
 
 
-PROVIDERS: dict[str, Callable[[Op, ShiftSpec, torch.device], Function]] = {
-    "latent-shift": lambda op, spec, device: fused(op, spec),
-    "roll": lambda op, spec, device: composed(op, roll_shift, spec),
-    "tsm": lambda op, spec, device: composed(op, tsm_shift, spec),
-    "roll+compile": lambda op, spec, device: compiled(composed(op, roll_shift, spec), device),
-    "tsm+compile": lambda op, spec, device: compiled(composed(op, tsm_shift, spec), device),
+@dataclass(frozen=True)
+class Provider:
+    """Something that computes an operator, or a part of it."""
+
+    build: Callable[[Op, ShiftSpec, torch.device], Function]
+    serves: Callable[[Case], bool] = lambda case: True
+    truth: Callable[[Op, Shift, ShiftSpec], Function] = composed
+    """What it is held to, given the reference's shift."""
+    part: str = ""
+    """What of the operator it computes, if not all."""
+
+
+def _takes_fused(case: Case) -> bool:
+    here = case.op.conv and case.direction == "forward" and torch.cuda.is_available()
+    return here and case.layout == "channels_last" and case.dtype in ("bf16", "fp16")
+
+
+PROVIDERS: dict[str, Provider] = {
+    "latent-shift": Provider(lambda op, spec, device: fused(op, spec)),
+    "latent-shift+fused": Provider(
+        lambda op, spec, device: fused_convolution(op, spec), _takes_fused
+    ),
+    "roll": Provider(lambda op, spec, device: composed(op, roll_shift, spec)),
+    "tsm": Provider(lambda op, spec, device: composed(op, tsm_shift, spec)),
+    "roll+compile": Provider(
+        lambda op, spec, device: compiled(composed(op, roll_shift, spec), device)
+    ),
+    "tsm+compile": Provider(
+        lambda op, spec, device: compiled(composed(op, tsm_shift, spec), device)
+    ),
+    "group_norm": Provider(
+        lambda op, spec, device: composed(op, no_shift, spec),
+        lambda case: case.op.norm and not case.op.conv,
+        lambda op, shift, spec: composed(op, no_shift, spec),
+        "without the shift",
+    ),
+    "conv2d": Provider(
+        lambda op, spec, device: convolution,
+        lambda case: case.op.conv,
+        lambda op, shift, spec: convolution,
+        "the convolution alone",
+    ),
 }
 
 
@@ -227,19 +322,33 @@ def draw(op: Op, site: Site, device: torch.device) -> tuple[dict[str, Tensor], T
         inputs["residual"] = normal(*site.shape)
     if op.norm:
         inputs["weight"], inputs["bias"] = normal(site.channels), normal(site.channels)
+    if op.conv:
+        filter = normal(*_filter_of(site)) * (9 * site.channels) ** -0.5
+        inputs["filter"] = filter.bfloat16().float()
+        frames, _, height, width = site.shape
+        return inputs, (normal(frames, site.out_channels, height, width),)
     outputs = 2 if op.norm and op.residual else 1
     return inputs, tuple(normal(*site.shape) for _ in range(outputs))
 
 
-@lru_cache(maxsize=1)
-def truth(op: Op, site: Site, device: torch.device) -> dict[str, Tensors]:
+@lru_cache(maxsize=2)  # the operator, and the part of it that some compute
+def truth(
+    op: Op, site: Site, device: torch.device, of: Callable[[Op, Shift, ShiftSpec], Function]
+) -> dict[str, Tensors]:
     """What fp64 gives, forward and backward."""
     inputs, douts = draw(op, site, device)
-    function = composed(op, true_shift, ShiftSpec.latent_shift(site.channels))
+    function = of(op, true_shift, ShiftSpec.latent_shift(site.channels))
     leaves = {name: t.double().requires_grad_() for name, t in inputs.items()}
     outs = function(**leaves)
-    grads = torch.autograd.grad(outs, tuple(leaves.values()), tuple(d.double() for d in douts))
-    return {"forward": tuple(out.detach() for out in outs), "backward": grads}
+    grads = _gradients(outs, tuple(leaves.values()), tuple(d.double() for d in douts))
+    outs = tuple(out.detach() for out in outs)
+    return {"forward": outs, "backward": grads, "forward+backward": outs + grads}
+
+
+def _gradients(outs: Tensors, leaves: Tensors, douts: Tensors, *, again: bool = False) -> Tensors:
+    """Of what ``outs`` depend on."""
+    grads = torch.autograd.grad(outs, leaves, douts, retain_graph=again, allow_unused=True)
+    return tuple(grad for grad in grads if grad is not None)
 
 
 def prepare(case: Case, function: Function, device: torch.device) -> Call:
@@ -255,9 +364,16 @@ def prepare(case: Case, function: Function, device: torch.device) -> Call:
         return lambda: function(**leaves)
     for leaf in leaves.values():
         leaf.requires_grad_()
-    outs, dys = function(**leaves), tuple(place(d) for d in douts)
-    wanted = tuple(leaves.values())
-    return lambda: torch.autograd.grad(outs, wanted, dys, retain_graph=True)
+    dys, wanted = tuple(place(d) for d in douts), tuple(leaves.values())
+    if case.direction == "backward":
+        outs = function(**leaves)
+        return lambda: _gradients(outs, wanted, dys, again=True)
+
+    def both() -> Tensors:
+        outs = function(**leaves)
+        return tuple(out.detach() for out in outs) + _gradients(outs, wanted, dys)
+
+    return both
 
 
 def error(results: Tensors, expected: Tensors) -> float:
@@ -276,7 +392,7 @@ def measure(case: Case, providers: list[str], device: torch.device, seconds: flo
     """The case's rows: every provider held to fp64, those that pass timed in turns with a copy."""
     spec = ShiftSpec.latent_shift(case.site.channels)
     dtype = DTYPES[case.dtype]
-    floor = case.op.floor_bytes(case.direction, case.site.shape, dtype)
+    floor = case.op.floor_bytes(case.direction, case.site, dtype)
     tensor_bytes = torch.Size(case.site.shape).numel() * dtype.itemsize
     # In rotation a buffer comes round again after twice the cache has been read.
     sets = 1 if case.cache == "warm" else 2 + 2 * last_level_cache(device) // floor
@@ -284,32 +400,47 @@ def measure(case: Case, providers: list[str], device: torch.device, seconds: flo
     torch._dynamo.reset()
     rows: dict[str, dict] = {}
     calls: dict[str, list[Call]] = {}
+    # the same in every graph: each set of buffers as often as the others
+    each = sets * -(-GRAPH_CALLS // sets) if case.launch == "graph" else 1
+
+    def rotate(case: Case, function: Function) -> tuple[list[Call], Tensors]:
+        """The calls to time, and the results of one."""
+        with stream_of(case):  # gradients are computed on the stream of the forward pass
+            rotation = [prepare(case, function, device) for _ in range(sets)]
+            results = rotation[0]()
+            if case.launch == "graph":
+                for call in rotation[1:]:
+                    call()
+                rotation = [captured(rotation, each, keep=case.cache == "cold")]
+        return rotation, results
+
     copying = replace(case, direction="forward")
-    calls["clone"] = [prepare(copying, clone, device) for _ in range(sets)]
+    calls["clone"], _ = rotate(copying, clone)
     rows["clone"] = _row(case, "clone", device)
     for name in providers:
+        provider = PROVIDERS[name]
         row = rows[name] = _row(case, name, device)
         if name == "latent-shift":
             row["kernel"] = kernels.serving(device.type)[case.op.operator]
         try:
-            function = PROVIDERS[name](case.op, spec, device)
-            rotation = [prepare(case, function, device) for _ in range(sets)]
-            results = rotation[0]()
+            function = provider.build(case.op, spec, device)
+            rotation, results = rotate(case, function)
         except Exception as failure:  # compilers raise what they like; the run goes on
             row |= {
                 "status": "error",
                 "note": f"{type(failure).__name__}: {failure}".splitlines()[0],
             }
             continue
-        row["error"] = error(results, truth(case.op, case.site, device)[case.direction])
+        expected = truth(case.op, case.site, device, provider.truth)
+        row["error"] = error(results, expected[case.direction])
         if row["error"] > TOLERANCES[case.dtype]:
             row |= {"status": "failed", "note": f"off by {row['error']:.1e} from fp64: not timed"}
             continue
         if not results[0].is_contiguous(memory_format=LAYOUTS[case.layout]):
-            row["note"] = "returns another layout"
+            row["note"] += ", " * bool(row["note"]) + "returns another layout"
         calls[name] = rotation
 
-    timings = interleave(calls, device, warm=case.cache == "warm", seconds=seconds)
+    timings = interleave(calls, device, warm=case.cache == "warm", seconds=seconds, each=each)
     copy = timings["clone"]
     copy_gbps = 2 * tensor_bytes / copy.ms / 1e6
     for name, timing in timings.items():
@@ -339,6 +470,11 @@ _MEASURED = (
 )
 
 
+def stream_of(case: Case) -> Any:
+    """Where a case is prepared: graphs are captured on a stream of their own."""
+    return torch.cuda.stream(torch.cuda.Stream()) if case.launch == "graph" else nullcontext()
+
+
 def _row(case: Case, provider: str, device: torch.device) -> dict[str, Any]:
     return {
         "op": case.op.name,
@@ -348,11 +484,12 @@ def _row(case: Case, provider: str, device: torch.device) -> dict[str, Any]:
         "dtype": case.dtype,
         "layout": case.layout,
         "cache": case.cache,
+        "launch": case.launch,
         "device": device.type,
         "provider": provider,
         "kernel": None,
         "status": "ok",
-        "note": "",
+        "note": PROVIDERS[provider].part if provider in PROVIDERS else "",
         **dict.fromkeys(_MEASURED),
     }
 
@@ -373,7 +510,11 @@ class Plan:
     def providers_of(self, case: Case) -> list[str]:
         """The providers of one case."""
         everywhere = self.compiled_site in (None, case.site)
-        return [name for name in self.providers if everywhere or "compile" not in name]
+        return [
+            name
+            for name in self.providers
+            if (everywhere or "compile" not in name) and PROVIDERS[name].serves(case)
+        ]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -385,8 +526,10 @@ def parser() -> argparse.ArgumentParser:
     def several(*flags: str, help: str) -> None:
         parser.add_argument(*flags, nargs="+", metavar="NAME", help=help)
 
-    several("--op", help=f"of {', '.join(OPS)}")
-    several("--pass", help=f"of {', '.join(PASSES)}")
+    several(
+        "--op", help=f"of {', '.join(OPS)}; default all, on a CPU without the one that convolves"
+    )
+    several("--pass", help=f"of {', '.join(PASSES)}; default {PASSES[0]} and {PASSES[1]}")
     several(
         "--site",
         "--shape",
@@ -408,13 +551,18 @@ def parser() -> argparse.ArgumentParser:
         help="warm: each call directly follows itself on the same buffers (the default); cold: "
         "buffers rotate through twice the last-level cache; both",
     )
+    several(
+        "--launch",
+        help="calls: each call by itself (the default); graph: a CUDA graph of "
+        f"{GRAPH_CALLS} calls or more, timed whole",
+    )
     parser.add_argument("--device", help="cpu or cuda; default cuda where there is one")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; default torch's")
     parser.add_argument(
         "--peers",
         type=Path,
         metavar="FILE.py",
-        help="further providers: a Python file with a dict PROVIDERS as in this file",
+        help="further providers: a Python file with a dict PROVIDERS of this file's Provider",
     )
     parser.add_argument("--quick", action="store_true", help="one small site, nothing compiled")
     command.add_output_options(parser)
@@ -433,6 +581,9 @@ def plan(args: argparse.Namespace) -> Plan:
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     (device,) = choose("device", devices, devices[:1])
     gpu = device == "cuda"
+    launches = choose("launch", LAUNCHES, LAUNCHES[:1])
+    if "graph" in launches and not gpu:
+        raise ValueError("--launch graph: CUDA graphs need a CUDA device")
     caches = choose("cache", ("warm", "cold", "both"), ())
     resolutions = choose("resolution", ("256", "512"), ("256", "512") if gpu else ("256",))
     frames = choose("frames", ("16", "32", "64"), ("16", "32") if gpu else ("16",))
@@ -445,11 +596,12 @@ def plan(args: argparse.Namespace) -> Plan:
     eager = [name for name in PROVIDERS if "compile" not in name]
     combinations = product(
         sites,
-        choose("op", OPS, OPS),
+        choose("op", OPS, [name for name, op in OPS.items() if gpu or not op.conv]),
         choose("dtype", DTYPES, ["bf16" if gpu else "fp32"]),
         choose("layout", LAYOUTS, LAYOUTS),
-        choose("pass", PASSES, PASSES),
+        choose("pass", PASSES, PASSES[:2]),
         ("warm", "cold") if caches == ["both"] else caches,
+        launches,
     )
     return Plan(
         # Cases that share inputs and truth follow each other.
@@ -464,12 +616,12 @@ def plan(args: argparse.Namespace) -> Plan:
 def table(rows: list[dict[str, Any]]) -> Table:
     """The rows, one section per case; a speed-up below 1 is red."""
     drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("op", "pass", "site", "dtype", "layout", "cache", "provider"):
+    for heading in ("op", "pass", "site", "dtype", "layout", "cache", "launch", "provider"):
         drawn.add_column(heading, no_wrap=True)
     for heading in ("ms", "20 % .. 80 %", "GB/s", "of copy", "x clone", "vs roll"):
         drawn.add_column(heading, justify="right", no_wrap=True)
     drawn.add_column("note")
-    labels = ("op", "pass", "site", "dtype", "layout", "cache")
+    labels = ("op", "pass", "site", "dtype", "layout", "cache", "launch")
     shown = None
     for row in rows:
         case = tuple(row[label] for label in labels)
@@ -512,7 +664,8 @@ def heading(where: dict[str, Any], device: torch.device) -> str:
         f"{op}: {served[op]}" for op in dict.fromkeys(o.operator for o in OPS.values())
     )
     floors = ", ".join(
-        f"{op.name} {op.forward_tensors}/{op.backward_tensors}" for op in OPS.values()
+        f"{op.name} {op.forward_tensors}/{op.backward_tensors}" + " and the convolution's" * op.conv
+        for op in OPS.values()
     )
     return "\n".join(
         (
@@ -548,6 +701,8 @@ def main(argv: list[str] | None = None) -> int:
     def rows_of(case: Case) -> command.Rows:
         return measure(case, todo.providers_of(case), todo.device, todo.seconds)
 
+    torch.backends.cudnn.allow_tf32 = False  # fp32 is held to fp32
+    torch.backends.cudnn.benchmark = True  # cuDNN's best, for everybody who calls it
     # A graph that is differentiated many times must keep its buffers.
     with functorch_config.patch(donated_buffer=False):
         results.measure(todo.cases, rows_of)

@@ -1,6 +1,7 @@
 #!/bin/bash
-# Everything that needs a GPU, in parts that are stopped after nine minutes; run again, a benchmark
-# goes on with the cases that it has no rows of:
+# Everything that needs a GPU, in parts that are stopped after nine minutes. Run again, tests and
+# benchmarks go on where they stopped, and parts that passed are left out, as long as the sources
+# are the same:
 #
 #   benchmarks/device_suite.sh                 # every part that has not passed yet
 #   benchmarks/device_suite.sh build matrix    # these parts
@@ -8,9 +9,12 @@
 # build      the extension, and which kernels serve
 # matrix     the operator matrix on CUDA C++, and what only a device shows
 # triton     the operator matrix on Triton
-# sanitize   memcheck, racecheck, synccheck and initcheck on small cases
-# bench256   bench_shift.py, 256x256 pixels, 16 and 32 frames, warm and cold L2
-# bench512   the same at 512x512, and 64 frames
+# sanitize   memcheck, racecheck, synccheck and initcheck on small calls of every kernel
+# aims       bench_shift.py, what docs/kernels.md aims at: 320 channels at 64x64, and 8x8 and 4x4,
+#            call by call and in CUDA graphs, warm and cold L2
+# conv       bench_shift.py, norm and convolution against cuDNN's convolution
+# bench256   bench_shift.py, every site at 256x256 pixels, 16, 32 and 64 frames, warm and cold L2
+# bench512   the same at 512x512, the widths' commonest sites
 # blocks     bench_unet.py, one ResNet block per width, 256x256 and 512x512
 # unet256    bench_unet.py, whole U-Nets at 256x256 with and without guidance, eager
 # unet512    the same at 512x512, forward
@@ -23,7 +27,7 @@
 set -u -o pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
-PARTS=(build matrix triton sanitize bench256 bench512 blocks unet256 unet512 compiled profile)
+PARTS=(build matrix triton sanitize aims conv bench256 bench512 blocks unet256 unet512 compiled profile)
 LIMIT=530 # seconds a part
 
 device=$($PYTHON -c 'import torch; print(torch.cuda.get_device_name(0))') || {
@@ -34,43 +38,85 @@ slug=$(tr -cs 'A-Za-z0-9\n' '-' <<<"${device,,}")
 export OUT=${OUT:-benchmarks/results/$slug}
 export LATENT_SHIFT_TEST_DEVICE=cuda PYTHONPATH=$PWD PYTHONUNBUFFERED=1
 mkdir -p "$OUT"
+sources=$(find benchmarks csrc latent_shift latent_shift_kernels tests setup.py -name '*.py' \
+  -o -name '*.h' -o -name '*.cpp' -o -name '*.cu*' | LC_ALL=C sort | xargs -d '\n' cat | sha256sum)
+if [[ $(cat "$OUT/sources" 2>/dev/null) != "$sources" ]]; then
+  rm -f "$OUT"/*.passed "$OUT"/*.tests
+  echo "$sources" >"$OUT/sources"
+fi
 
 build() {
   LATENT_SHIFT_FORCE_BUILD=1 MAX_JOBS=$(nproc) $PYTHON setup.py build_ext --inplace &&
     $PYTHON -m latent_shift_kernels info
 }
 
-matrix() {
-  $PYTHON -m pytest -q -p no:cacheprovider -k "not triton" tests/kernels/test_device.py \
-    tests/kernels/test_operators.py
+tests() { # name, pytest's arguments
+  local name=$1
+  shift
+  $PYTHON -m pytest -q -p no:cacheprovider --resume "$OUT/$name.tests" "$@"
 }
 
-triton() {
-  $PYTHON -m pytest -q -p no:cacheprovider -k triton tests/kernels/test_operators.py
+matrix() {
+  tests matrix -k "not triton" tests/kernels/test_device.py tests/kernels/test_operators.py
 }
+
+triton() { tests triton -k triton tests/kernels/test_operators.py; }
 
 sanitize() {
-  # two dozen cases at odd shapes under four tools
+  set -o pipefail
+  # PyTorch's pool of memory would hide what lies outside a tensor, and what was never written
+  export PYTORCH_NO_CUDA_MEMORY_CACHING=1
   local failed=0 tool
   for tool in memcheck racecheck synccheck initcheck; do
     echo "== $tool"
-    compute-sanitizer --tool "$tool" --error-exitcode 9 --launch-timeout 60 \
-      $PYTHON -m pytest -q -x -p no:cacheprovider tests/kernels/test_operators.py \
-      -k "native and straddling and bf16 and (everything or circular)" || failed=1
+    compute-sanitizer --tool "$tool" --launch-timeout 60 $PYTHON -m pytest -q \
+      -p no:cacheprovider --resume "$OUT/$tool.tests" tests/kernels/test_device.py -k sanitized \
+      2>&1 | tee "$OUT/$tool.log" || failed=1
+    # the tools see PyTorch's kernels too: what they say of ours counts
+    if grep -q "latent_shift::" "$OUT/$tool.log"; then
+      rm -f "$OUT/$tool.tests"
+      failed=1
+    fi
   done
   return $failed
 }
 
-bench() { # resolution, name, further options
-  local resolution=$1 name=$2
-  shift 2
-  $PYTHON benchmarks/bench_shift.py --device cuda --resolution "$resolution" --cache both \
+bench() { # name, further options
+  local name=$1
+  shift
+  $PYTHON benchmarks/bench_shift.py --device cuda --cache both \
     ${PEERS:+--peers "$PEERS"} --resume --json "$OUT/$name.json" --plot "$OUT/$name.png" "$@"
 }
 
-bench256() { bench 256 bench_shift_256 --frames 16 32; }
+NORMS="temporal_shift shift_add shift+group_norm_silu group_norm_silu+shift shift_add_group_norm_silu"
+TRAIN="forward backward forward+backward"
 
-bench512() { bench 512 bench_shift_512 --frames 32 64 --site down0.res down1.res down2.res down3.res; }
+aims() {
+  local failed=0
+  bench bench_shift_320x64x64 --resolution 512 --frames 32 --site down0.res --op $NORMS \
+    --pass $TRAIN --launch calls graph || failed=1
+  bench bench_shift_small --resolution 256 --frames 32 --site down2.res down3.res --op $NORMS \
+    --pass $TRAIN --launch calls graph --layout channels_last || failed=1
+  return $failed
+}
+
+conv() {
+  bench bench_shift_conv --op shift_group_norm_silu_conv2d --resolution 256 512 --frames 32 \
+    --site down0.res up3.res1 down1.res down2.res --layout channels_last --launch graph \
+    --pass forward forward+backward
+}
+
+SOME="temporal_shift shift+group_norm_silu shift_add_group_norm_silu"
+
+bench256() {
+  bench bench_shift_256 --resolution 256 --frames 16 32 64 --op $SOME --layout channels_last \
+    --pass forward forward+backward
+}
+
+bench512() {
+  bench bench_shift_512 --resolution 512 --frames 16 32 64 --op $SOME --layout channels_last \
+    --pass forward forward+backward --site down0.res down1.res down2.res down3.res
+}
 
 unets() { # name, further options
   local name=$1
@@ -109,8 +155,8 @@ for part in "${@:-${PARTS[@]}}"; do
   }
   [[ $# -eq 0 && -e $OUT/$part.passed ]] && continue
   echo "== $part on $device"
-  export -f build matrix triton sanitize bench bench256 bench512 unets blocks unet256 unet512 compiled profile
-  export PYTHON EAGER
+  export -f "${PARTS[@]}" tests bench unets
+  export PYTHON EAGER NORMS SOME TRAIN
   if timeout "$LIMIT" bash -c "$part" 2>&1 | tee "$OUT/$part.log"; then
     touch "$OUT/$part.passed"
   else

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -12,35 +13,59 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 _COLOURS = {
     "latent-shift": "#0b6e4f",
+    "latent-shift+fused": "#52b788",
     "tsm": "#c9ced6",
     "roll+compile": "#8d99ae",
     "tsm+compile": "#5c677d",
 }
+_OTHERS = ("#b08968", "#7f5539", "#a98467", "#e6ccb2")  # parts of an operator, and peers
 _LOSS = "#c1121f"
 
 
-def draw_speedups(rows: list[dict[str, Any]], where: dict[str, Any], path: Path) -> None:
-    """Writes a PNG with one panel per operator, pass and layout; bars left of 1 are losses, in red.
+def draw_speedups(rows: list[dict[str, Any]], where: dict[str, Any], path: Path) -> list[Path]:
+    """Draws one panel per operator, pass and layout; bars left of 1 are losses, in red.
 
     Args:
-        rows: Of one device; of several dtypes or caches the first is drawn.
+        rows: Of one device.
         where: The environment they were measured in.
-        path: The file to write.
+        path: The PNG to write; of several dtypes, caches or launches one each, named after it.
+
+    Returns:
+        What was written.
     """
     rows = [row for row in rows if row["speedup_vs_roll"] is not None and row["provider"] != "roll"]
     if not rows:
         raise ValueError("nothing to draw: no provider was timed beside roll")
-    dtype, cache = rows[0]["dtype"], rows[0]["cache"]
-    rows = [row for row in rows if (row["dtype"], row["cache"]) == (dtype, cache)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kinds = _unique(map(_kind, rows))
+    written = []
+    for kind in kinds:
+        name = path if len(kinds) == 1 else path.with_stem("_".join((path.stem, *kind)))
+        _draw([row for row in rows if _kind(row) == kind], kind, where, name)
+        written.append(name)
+    return written
+
+
+def _kind(row: dict[str, Any]) -> tuple[str, ...]:
+    return row["dtype"], row["cache"], row["launch"]
+
+
+def _draw(
+    rows: list[dict[str, Any]], kind: tuple[str, ...], where: dict[str, Any], path: Path
+) -> None:
+    dtype, cache, launch = kind
+    how = ", in a CUDA graph" if launch == "graph" else ""
     ops = _unique(row["op"] for row in rows)
     columns = _unique((row["pass"], row["layout"]) for row in rows)
-    providers = [name for name in _COLOURS if any(row["provider"] == name for row in rows)]
-    slots = _slots(rows, providers)
+    named = _unique(row["provider"] for row in rows)
+    others = zip((n for n in named if n not in _COLOURS), cycle(_OTHERS), strict=False)
+    colours = {name: _COLOURS[name] for name in _COLOURS if name in named} | dict(others)
+    slots = _slots(rows, list(colours))
     bottom = max(slots.values())
     figure, axes = plt.subplots(
         len(ops),
         len(columns),
-        figsize=(2.2 + 2.4 * len(columns), 1.2 + len(ops) * (0.3 + 0.14 * bottom)),
+        figsize=(2.2 + 2.4 * len(columns), 1.2 + len(ops) * max(1.5, 0.3 + 0.14 * bottom)),
         sharex=True,
         sharey=True,
         squeeze=False,
@@ -50,22 +75,22 @@ def draw_speedups(rows: list[dict[str, Any]], where: dict[str, Any], path: Path)
         for j, (direction, layout) in enumerate(columns):
             ax = axes[i][j]
             here = [r for r in rows if (r["op"], r["pass"], r["layout"]) == (op, direction, layout)]
-            _panel(ax, here, slots)
+            _panel(ax, here, slots, colours)
             ax.set_ylim(bottom + 1, -1)
             if i == 0:
                 ax.set_title(f"{direction}, {layout}", fontsize=9)
             if j == 0:
-                label = op.replace("+", "\n+ ").replace("add_group", "add_\ngroup")
+                label = op.replace("+", "\n+ ").replace("_group", "_\ngroup")
+                label = label.replace("_conv", "_\nconv")
                 ax.set_ylabel(label, fontsize=8, fontweight="bold")
-    handles = [Patch(color=_COLOURS[name], label=name) for name in providers]
+    handles = [Patch(color=colour, label=name) for name, colour in colours.items()]
     handles.append(Patch(color=_LOSS, label="slower than roll"))
     figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
     figure.suptitle(
-        f"Times as fast as torch.roll, {dtype}, {cache} cache\n"
+        f"Times as fast as torch.roll, {dtype}, {cache} cache{how}\n"
         f"{where['device']}, {where['threads']} threads, torch {where['torch']}",
         fontsize=10,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -84,11 +109,16 @@ def _slots(rows: list[dict[str, Any]], providers: list[str]) -> dict[tuple[str, 
     return slots
 
 
-def _panel(ax: Axes, rows: list[dict[str, Any]], slots: dict[tuple[str, str], float]) -> None:
+def _panel(
+    ax: Axes,
+    rows: list[dict[str, Any]],
+    slots: dict[tuple[str, str], float],
+    colours: dict[str, str],
+) -> None:
     for row in rows:
         speedup = row["speedup_vs_roll"]
         y = slots[_site(row), row["provider"]]
-        colour = _COLOURS[row["provider"]] if speedup >= 1 else _LOSS
+        colour = colours[row["provider"]] if speedup >= 1 else _LOSS
         ours = row["provider"] == "latent-shift"
         ax.barh(y, speedup - 1, 0.85, left=1, color=colour)
         ax.annotate(

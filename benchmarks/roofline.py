@@ -52,23 +52,18 @@ class Row:
     tensor_us: float  # of the convolution's products
 
 
-def out_channels(site: Site, latent: int) -> int:
-    """Of the convolution behind the norm of a site: what its level of the U-Net is wide."""
-    return 320 * min(latent // site.side, 4)
-
-
-def work_of(site: Site, operator: str, residual: bool, latent: int) -> Work:
+def work_of(site: Site, operator: str, residual: bool) -> Work:
     """The call of an operator at a site, in bf16 and channels_last."""
     work = Work(operator, site.shape, num_groups=NUM_GROUPS, residual=residual)
     if operator == cost.CONV2D:
-        return replace(work, out_channels=out_channels(site, latent))
+        return replace(work, out_channels=site.out_channels)
     return work
 
 
-def rows_of(site: Site, device: Device, latent: int) -> Iterator[Row]:
+def rows_of(site: Site, device: Device) -> Iterator[Row]:
     """Every operator at a site; the convolution both ways."""
     for operator, residual in OPERATORS:
-        work = work_of(site, operator, residual, latent)
+        work = work_of(site, operator, residual)
         name = f"{operator}, residual" if residual else operator
         found = cost.cuda(work, device)
         if found is not None:
@@ -104,11 +99,11 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def markdown(sites: list[Site], name: str, latent: int) -> str:
+def markdown(sites: list[Site], name: str, resolution: int) -> str:
     """For the documentation: a line a site, the operators side by side."""
     device = DEVICES[name]
     lines = [
-        f"{name.upper()}, {sites[0].frames} frames of {latent * 8}x{latent * 8} pixels, bf16, "
+        f"{name.upper()}, {sites[0].frames} frames of {resolution}x{resolution} pixels, bf16, "
         "channels_last. MB moved / floor in microseconds; the convolution's floor is its products' "
         "on the tensor cores.",
         "",
@@ -117,8 +112,8 @@ def markdown(sites: list[Site], name: str, latent: int) -> str:
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for site in sites:
-        at = {row.operator: row for row in rows_of(site, device, latent)}
-        works = work_of(site, cost.CONV2D, False, latent)
+        at = {row.operator: row for row in rows_of(site, device)}
+        works = work_of(site, cost.CONV2D, False)
         fused, parts = cost.cuda(works, device), cost.composed(works, device)
         norm, backward = at[cost.NORM], at[f"{cost.NORM}_backward"]
 
@@ -161,13 +156,13 @@ def main() -> None:
     device = DEVICES[given.device]
     if given.bandwidth:
         device = replace(device, bandwidth=given.bandwidth, source="given")
-    sites, latent = unet_sites(given.resolution, given.frames), given.resolution // 8
-    rows = [row for site in sites for row in rows_of(site, device, latent)]
+    sites = unet_sites(given.resolution, given.frames)
+    rows = [row for site in sites for row in rows_of(site, device)]
     if not any(row.operator == cost.NORM for row in rows):
         parser.error("the plans are the CPU library's, which is not built: pip install .")
     if given.write:
         page = given.write.read_text()
-        given.write.write_text(written(page, markdown(sites, given.device, latent)))
+        given.write.write_text(written(page, markdown(sites, given.device, given.resolution)))
     else:
         print(table(rows))
     if given.json:

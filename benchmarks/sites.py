@@ -43,6 +43,7 @@ class Site:
     channels: int
     side: int
     count: int
+    out_channels: int  # of the 3x3 convolution behind the norm: the width of its level
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -65,6 +66,6 @@ def unet_sites(resolution: int = 256, frames: int = CLIP_FRAMES) -> list[Site]:
     """The U-Net's shapes for frames of ``resolution`` pixels, ``frames`` of them in the batch."""
     latent = resolution // 8
     return [
-        Site(block, frames, channels, latent // scale, count)
+        Site(block, frames, channels, latent // scale, count, 320 * min(scale, 4))
         for block, channels, scale, count in _SITES
     ]

@@ -35,33 +35,66 @@ class Timing:
 
 
 def interleave(
-    calls: Mapping[str, Sequence[Call]], device: torch.device, *, warm: bool, seconds: float
+    calls: Mapping[str, Sequence[Call]],
+    device: torch.device,
+    *,
+    warm: bool,
+    seconds: float,
+    each: int = 1,
 ) -> dict[str, Timing]:
     """Times several calls in turns, so that whatever else the machine does hits all of them alike.
 
     Args:
-        calls: For every name the same call on one or more sets of buffers, taken in rotation.
+        calls: For every name the same call on one or more sets of buffers, taken in rotation. What
+            a call returns on one of several sets is kept until its turn comes again, so that
+            results do not go to memory that the cache still holds.
         device: Where the calls run.
         warm: Runs each call once, untimed, directly before it is timed.
         seconds: Time to spend on all calls together; at least seven rounds are made.
+        each: How many calls one of ``calls`` stands for, such as a graph of many.
 
     Returns:
         One timing per name.
     """
     sample = _sample_cuda if device.type == "cuda" else _sample_cpu
-    for rotation in calls.values():
-        for call in rotation:
-            call()
+    kept = {name: [call() for call in rotation] for name, rotation in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
     start, rounds = time.perf_counter(), 0
     while rounds < _MIN_ROUNDS or (rounds < _MAX_ROUNDS and time.perf_counter() - start < seconds):
         for name, rotation in calls.items():
-            call = rotation[rounds % len(rotation)]
+            turn = rounds % len(rotation)
+            kept[name][turn] = None  # freed outside the measurement
             if warm:
-                call()
-            samples[name].append(sample(call))
+                rotation[turn]()
+            elapsed, result = sample(rotation[turn])
+            samples[name].append(elapsed / each)
+            if len(rotation) > 1:
+                kept[name][turn] = result
+            del result
         rounds += 1
     return {name: _summary(times) for name, times in samples.items()}
+
+
+def captured(rotation: Sequence[Call], count: int, *, keep: bool) -> Call:
+    """``count`` calls, in rotation, as one CUDA graph on the current stream, where each of them
+    must have run before.
+
+    Args:
+        keep: Gives every call memory of its own for its results; otherwise they may share it.
+    """
+    graph, kept = torch.cuda.CUDAGraph(), []
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        for turn in range(count):
+            if keep:
+                kept.append(rotation[turn % len(rotation)]())
+            else:
+                rotation[turn % len(rotation)]()
+
+    def replay() -> list[Any]:
+        graph.replay()
+        return kept
+
+    return replay
 
 
 def last_level_cache(device: torch.device) -> int:
@@ -112,22 +145,20 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _sample_cpu(call: Call) -> float:
+def _sample_cpu(call: Call) -> tuple[float, Any]:
     start = time.perf_counter()
-    kept = call()
-    elapsed = time.perf_counter() - start
-    del kept  # freed outside the measurement
-    return elapsed * 1e3
+    result = call()
+    return (time.perf_counter() - start) * 1e3, result
 
 
-def _sample_cuda(call: Call) -> float:
+def _sample_cuda(call: Call) -> tuple[float, Any]:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda._sleep(_LAUNCH_AHEAD_CYCLES)
     start.record()
-    call()
+    result = call()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end)
+    return start.elapsed_time(end), result
 
 
 def _summary(times: list[float]) -> Timing:

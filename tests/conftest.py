@@ -2,6 +2,7 @@
 memory on request."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,39 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 # Nothing here may reach for a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--resume", metavar="FILE", help="leave out tests that passed before, by the names in FILE"
+    )
+
+
+def pytest_configure(config):
+    if config.getoption("--resume"):
+        config.pluginmanager.register(Resume(Path(config.getoption("--resume"))))
+
+
+class Resume:
+    """Tests that passed, a line each: a run that is cut off goes on where it stopped."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.passed = set(path.read_text().splitlines()) if path.exists() else set()
+
+    def pytest_collection_modifyitems(self, config, items):
+        done = [item for item in items if item.nodeid in self.passed]
+        config.hook.pytest_deselected(items=done)
+        items[:] = [item for item in items if item.nodeid not in self.passed]
+
+    def pytest_runtest_logreport(self, report):
+        if report.when == "call" and report.passed:
+            with self.path.open("a") as file:
+                file.write(f"{report.nodeid}\n")
+
+    def pytest_sessionfinish(self, session, exitstatus):
+        if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and self.passed:
+            session.exitstatus = pytest.ExitCode.OK
 
 
 @pytest.fixture(autouse=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -36,8 +38,9 @@ def test_rows_and_plot(bench, tmp_path, capsys):
     assert {"device", "threads", "torch", "python", "commit", "date"} <= set(written["environment"])
     rows = written["rows"]
     named = [(row["pass"], row["provider"]) for row in rows]
-    providers = ("clone", "latent-shift", "roll", "tsm")
+    providers = ("clone", "latent-shift", "roll", "tsm", "group_norm")
     assert named == [(p, name) for p in ("forward", "backward") for name in providers]
+    assert {row["note"] for row in rows if row["provider"] == "group_norm"} == {"without the shift"}
     tensors = {"forward": 2, "backward": 3}
     for row in rows:
         assert set(row) >= COLUMNS
@@ -53,6 +56,84 @@ def test_rows_and_plot(bench, tmp_path, capsys):
         assert roll["speedup_vs_roll"] == 1
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert "down3.res 1280x4x4" in capsys.readouterr().out
+
+
+def test_the_convolution_and_the_parts_of_it(bench, monkeypatch, tmp_path):
+    """A peer may compute a part; everybody is held to what it computes."""
+    peers = tmp_path / "peers.py"
+    peers.write_text("""
+import torch
+from bench_shift import Provider, convolution, composed, no_shift
+normed = lambda op, *others: composed(op, no_shift, *others[-1:])
+PROVIDERS = {
+    "peer": Provider(lambda op, spec, device: normed(op, spec), truth=normed, part="no shift"),
+    "boaster": Provider(lambda op, spec, device: normed(op, spec)),
+}
+""")
+    path = tmp_path / "rows.json"
+    monkeypatch.setattr(bench, "PROVIDERS", dict(bench.PROVIDERS))
+    monkeypatch.setattr(bench, "unet_sites", lambda *_: [bench.Site("small", 32, 32, 4, 1, 16)])
+    arguments = [*TINY, "--site", "small", "--op", "shift_group_norm_silu_conv2d", "--pass"]
+    arguments += ["forward", "backward", "forward+backward", "--provider", "latent-shift", "roll"]
+    arguments += ["conv2d", "peer", "boaster", "--peers", str(peers), "--cache", "both"]
+    plot = tmp_path / "rows.png"
+    assert bench.main([*arguments, "--json", str(path), "--plot", str(plot)]) == 1
+    rows = json.loads(path.read_text())["rows"]
+    status = {(row["provider"], row["status"]) for row in rows}
+    fine = ("clone", "latent-shift", "roll", "conv2d", "peer")
+    assert status == {(name, "ok") for name in fine} | {("boaster", "failed")}
+    moved = {"forward": 32 * 16 * 48 + 4608, "backward": 32 * 16 * 80 + 2 * 4608}
+    moved["forward+backward"] = sum(moved.values())
+    for row in rows:
+        if row["provider"] in fine[1:]:
+            assert row["gbps"] * row["ms"] * 1e6 == pytest.approx(4 * moved[row["pass"]])
+    drawn = {file.name for file in tmp_path.glob("*.png")}
+    assert drawn == {"rows_fp32_warm_calls.png", "rows_fp32_cold_calls.png"}
+
+
+def test_a_graph_holds_every_set_of_buffers(bench, monkeypatch):
+    """With a stand-in for CUDA, which this machine may not have."""
+    timing, seen = importlib.import_module("timing"), []
+
+    @contextlib.contextmanager
+    def graph(graph, stream):
+        yield seen.clear()
+
+    fake = type("Graph", (), {"replay": lambda self: seen.append("replay")})
+    monkeypatch.setattr(timing.torch.cuda, "CUDAGraph", fake)
+    monkeypatch.setattr(timing.torch.cuda, "graph", graph)
+    monkeypatch.setattr(timing.torch.cuda, "current_stream", lambda: None)
+    rotation = [lambda i=i: seen.append(i) or i for i in range(3)]
+    replay = timing.captured(rotation, 6, keep=True)
+    assert seen == [0, 1, 2, 0, 1, 2]
+    assert replay() == [0, 1, 2, 0, 1, 2] and seen[-1] == "replay"
+    assert timing.captured(rotation, 3, keep=False)() == []
+    cpu = torch.device("cpu")
+    slow = {"one": [lambda: timing.time.sleep(0.004)]}
+    whole = timing.interleave(slow, cpu, warm=False, seconds=0)["one"]
+    share = timing.interleave(slow, cpu, warm=False, seconds=0, each=4)["one"]
+    assert whole.ms >= 4 and share.ms < whole.ms / 2
+
+
+def test_results_stay_until_their_buffers_come_again(bench):
+    timing, live, counts = importlib.import_module("timing"), weakref.WeakSet(), []
+
+    def call():
+        result = torch.empty(1)
+        live.add(result)
+        counts.append(len(live))
+        return result
+
+    timing.interleave({"a": [call] * 3}, torch.device("cpu"), warm=False, seconds=0)
+    assert counts[:3] == [1, 2, 3] and set(counts[3:]) == {3}
+    counts.clear()
+    timing.interleave({"a": [call]}, torch.device("cpu"), warm=True, seconds=0)
+    assert set(counts) == {1}
+
+
+def test_graphs_need_a_gpu(bench, capsys):
+    assert bench.main(["--device", "cpu", "--launch", "graph"]) == 2
+    assert "CUDA graphs need a CUDA device" in capsys.readouterr().err
 
 
 def test_a_cold_cache_rotates_buffers(bench, monkeypatch):
@@ -90,7 +171,7 @@ def test_a_provider_that_raises_is_a_row(bench, monkeypatch, tmp_path):
     def broken(op, spec, device):
         raise RuntimeError("no compiler\nfound")
 
-    monkeypatch.setitem(bench.PROVIDERS, "roll+compile", broken)
+    monkeypatch.setitem(bench.PROVIDERS, "roll+compile", bench.Provider(broken))
     path = tmp_path / "rows.json"
     arguments = ["--op", "shift_add", "--pass", "forward", "--provider", "roll", "roll+compile"]
     assert bench.main([*TINY, *arguments, "--json", str(path)]) == 0
@@ -155,6 +236,7 @@ def test_resume_needs_a_file(bench, capsys):
         ("provider", "roll"),
         ("device", "cpu"),
         ("cache", "cold"),
+        ("launch", "graph"),
     ],
 )
 def test_an_unknown_name_lists_the_choices(bench, capsys, option, choice):

@@ -150,5 +150,5 @@ def test_refused_calls_have_no_plan():
 def test_the_page_has_the_table():
     """``python -m benchmarks.roofline --write docs/kernels.md`` writes it."""
     page = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text()
-    text = roofline.markdown(unet_sites(256, 32), "h200", 32)
+    text = roofline.markdown(unet_sites(256, 32), "h200", 256)
     assert roofline.written(page, text) == page

@@ -90,12 +90,17 @@ def implementations(backend: str) -> dict:
     return {name: getattr(torch.ops.latent_shift, name) for name in ops.SCHEMAS}
 
 
-def matrix(steps: dict[str, int], *axes: Iterable[str]) -> pytest.MarkDecorator:
+def matrix(
+    steps: dict[str, int], *axes: Iterable[str], on_device: dict[str, int] | None = None
+) -> pytest.MarkDecorator:
     """Parametrises a test by every ``steps[backend]``-th case of the product of ``axes``.
 
     The steps divide no axis, so every value of every axis is met; the interpreter takes seconds
-    where a library takes milliseconds.
+    where a library takes milliseconds. A GPU, which compiles what the interpreter interprets, takes
+    the steps of ``on_device``.
     """
+    if DEVICE != "cpu":
+        steps = steps | (on_device or {})
     product = list(itertools.product(*axes))
     cases = [
         pytest.param(backend, case, id="-".join((backend, *case)))

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 import latent_shift_kernels as lsk
-from latent_shift_kernels import ShiftSpec, reference
+from latent_shift_kernels import ShiftSpec, cost, reference
+from latent_shift_kernels.cost import Work
 from tests.host import test_conv as conv
 
 pytestmark = [
@@ -130,6 +131,68 @@ def test_a_captured_convolution_follows_changed_inputs():
     graph.replay()
     expected = convolve(case, given)
     assert all(torch.equal(captured[key], expected[key]) for key in captured)
+
+
+# What the sanitizers see: every way of launching the norm, in small.
+VARIANTS = ("one launch", "cluster", "split")
+SMALL = ((200, 40, 4, 4, 5), (2, 40, 16, 16, 5), (1, 40, 256, 256, 1))
+
+
+def smallest(variant: str, dtype: torch.dtype, channels_last: bool, backward: bool) -> tuple:
+    """Frames, channels, height, width and groups that this device's plan serves in that way."""
+    device = cost.Device.of(torch.device("cuda"))
+    for *shape, groups in SMALL:
+        work = Work(cost.NORM, tuple(shape), dtype, channels_last, groups)
+        if cost.plan_norm(work, device, backward=backward).variant == variant:
+            return *shape, groups
+    pytest.skip(f"no small call is a {variant} on sm_{device.arch}")
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_sanitized_norm(variant, layout, dtype, backward):
+    """With a residual and every table; whole vectors, and slices that straddle them."""
+    *shape, groups = smallest(variant, dtype, layout is torch.channels_last, backward)
+    frames, channels = shape[:2]
+    spec = ShiftSpec.latent_shift(channels)
+    x, residual, dy = (
+        torch.randn(shape, device="cuda", dtype=dtype).contiguous(memory_format=layout)
+        for _ in range(3)
+    )
+    tables = [torch.randn(*n, channels, device="cuda") for n in ((1,), (), (), (frames,), (1,))]
+    shift = (None, frames, spec.sizes, spec.offsets(frames), False, "zeros")
+    ops = torch.ops.latent_shift
+    y, total, mean, rstd = ops.shift_add_group_norm_silu(
+        x, residual, *tables, groups, 1e-5, *shift
+    )
+    results = y, total
+    if backward:
+        results = ops.shift_add_group_norm_silu_backward(
+            dy, x, total, True, *tables, mean, rstd, groups, *shift
+        )
+    assert all(torch.isfinite(result).all() for result in results)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("channels", [40, 37], ids=["vectors", "odd"])
+def test_sanitized_shift(channels, layout, dtype):
+    shape, spec = (6, channels, 9, 8), ShiftSpec.latent_shift(channels, boundary="replicate")
+    x = torch.randn(shape, device="cuda", dtype=dtype).contiguous(memory_format=layout)
+    shift = (None, 3, spec.sizes, spec.offsets(3), "replicate")
+    ops = torch.ops.latent_shift
+    moved = ops.temporal_shift(x, *shift)
+    total = ops.shift_add(x, moved, 0.5, *shift)
+    assert torch.isfinite(ops.temporal_shift_backward(total, *shift)).all()
+
+
+@pytest.mark.parametrize("name", ["everything", "site"])
+def test_sanitized_convolution(name):
+    case = CONVOLUTIONS[name]
+    got = convolve(case, conv.problem(case))
+    assert torch.isfinite(got["out"]).all() and torch.isfinite(got["sums"]).all()
 
 
 def test_the_current_stream_is_used(arguments):

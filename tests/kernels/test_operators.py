@@ -76,6 +76,7 @@ def backend(request) -> dict:
     ("before", "after"),
     DTYPES,
     CLIPS,
+    on_device={"triton": 37},
 )
 def test_group_norm_silu(backend, poison, case):
     shape, layout, flags, spec, shift, dtype, clips = case
@@ -92,6 +93,7 @@ def test_group_norm_silu(backend, poison, case):
     ("still", "moved", "both"),
     DTYPES,
     CLIPS,
+    on_device={"native": 53, "triton": 401},
 )
 def test_group_norm_silu_conv2d(backend, poison, case):
     shape, layout, flags, spec, shift, out, dtype, clips = case
@@ -118,6 +120,7 @@ def test_group_norm_silu_conv2d(backend, poison, case):
     ("still", "moved", "both"),
     ("fp32", "bf16", "fp16"),
     CLIPS,
+    on_device={"triton": 101},
 )
 def test_conv2d_in_one_kernel(backend, poison, case):
     shape, layout, flags, spec, shift, out, dtype, clips = case
