@@ -69,10 +69,11 @@ ConvArgs args_of(const py::dict& a) {
 }  // namespace
 
 LS_HOST_BINDINGS(shift_group_norm_silu_conv2d) {
-  // (arch, columns) of every variant.
+  // (arch, columns, threads, bytes of shared memory) of every variant.
   m.def("conv_variants", [] {
     py::list variants;
-    for (const ConvVariant& v : kConvVariants) variants.append(py::make_tuple(v.arch, v.columns));
+    for (const ConvVariant& v : kConvVariants)
+      variants.append(py::make_tuple(v.arch, v.columns, v.threads, v.shared));
     return variants;
   });
   m.def("conv_choice", [](const py::dict& a) {

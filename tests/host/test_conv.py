@@ -194,7 +194,7 @@ def run(
     **options,
 ) -> dict[str, Tensor]:
     """``plant`` changes the call, ``missing`` bytes of workspace are not there."""
-    arch, _ = host.conv_variants()[variant]
+    arch, *_ = host.conv_variants()[variant]
     call = arguments(case, given)
     with HostDevice(host, arch=arch, **options) as device:
         for name, tensor in given.items():
@@ -243,7 +243,7 @@ def check(case: Case, got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
 
 
 def variant_of(host, arch: int, columns: int) -> int:
-    return host.conv_variants().index((arch, columns))
+    return [variant[:2] for variant in host.conv_variants()].index((arch, columns))
 
 
 BASE = Case()
@@ -370,4 +370,4 @@ def test_chooses_columns_that_fill_the_device(host, arch: int, out: int, columns
     given["filter"] = torch.empty(0, 0, 0, 0)
     with HostDevice(host, arch=arch):
         variant = host.conv_choice(arguments(case, given))
-    assert host.conv_variants()[variant] == (90 if arch == 90 else 80, columns)
+    assert host.conv_variants()[variant][:2] == (90 if arch == 90 else 80, columns)

@@ -164,9 +164,7 @@ def test_sanitized_norm(variant, layout, dtype, backward):
     tables = [torch.randn(*n, channels, device="cuda") for n in ((1,), (), (), (frames,), (1,))]
     shift = (None, frames, spec.sizes, spec.offsets(frames), False, "zeros")
     ops = torch.ops.latent_shift
-    y, total, mean, rstd = ops.shift_add_group_norm_silu(
-        x, residual, *tables, groups, 1e-5, *shift
-    )
+    y, total, mean, rstd = ops.shift_add_group_norm_silu(x, residual, *tables, groups, 1e-5, *shift)
     results = y, total
     if backward:
         results = ops.shift_add_group_norm_silu_backward(
