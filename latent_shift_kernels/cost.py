@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -20,9 +20,7 @@ from . import backends
 
 SUM = 4  # bytes of a sum or a statistic
 SPECIAL_PER_CLOCK = 16  # exponentials and reciprocals, per multiprocessor
-# What four vectors of 16 bytes a thread make of a block (csrc/cuda/flat_frames.cuh).
-_FLAT_THREADS, _FLAT_BYTES = 256, 256 * 4 * 16
-_HALO = 100 / 64  # pixels read for each of a tile of 8x8
+_TILE, _BORDER = 8, 1  # pixels of a side of the convolution's tiles, and of what they read around it
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NORM = "shift_add_group_norm_silu"
 CONV2D = "shift_group_norm_silu_conv2d"
@@ -39,6 +37,7 @@ class Device:
     clock: float = 0.0  # Hz
     tensor_rate: float = 0.0  # dense bf16 operations a second
     source: str = ""
+    wgmma: bool = True  # whether the library has Hopper's own kernels, for what is Hopper
 
     @property
     def special_rate(self) -> float:
@@ -55,6 +54,7 @@ class Device:
             getattr(
                 properties, "shared_memory_per_block_optin", properties.shared_memory_per_block
             ),
+            wgmma=_has_wgmma(),
         )
 
 
@@ -154,10 +154,15 @@ def cuda(work: Work, device: Device) -> Cost | None:
     if work.op.startswith(CONV2D):
         return None
     frames, channels, height, width = work.shape
-    floor = least(work)
-    per_frame = -(-channels * height * width * work.dtype.itemsize // _FLAT_BYTES)
-    blocks = frames * per_frame
-    return Cost("one launch", 1, floor.bytes, floor.flops, 0, blocks, _FLAT_THREADS)
+    shape = frames, channels * height * width, work.dtype.itemsize, work.aligned
+    plan = _ask("latent_shift_plan_flat", 3, device, shape)
+    if plan is None:
+        return None
+    (vector, blocks, threads), floor = plan, least(work)
+    return Cost(
+        f"one launch, {vector * work.dtype.itemsize} bytes an access", 1, floor.bytes, floor.flops,
+        0, blocks, threads,
+    )  # fmt: skip
 
 
 def composed(work: Work, device: Device | None) -> Cost:
@@ -240,6 +245,8 @@ def plan_conv(work: Work, device: Device, *, sums: bool = False) -> ConvPlan | N
         frames, height, width, channels, work.skip_channels,
         work.out_channels or channels + work.skip_channels, work.num_groups, sums,
     )  # fmt: skip
+    if device.arch == 90 and not device.wgmma:  # as the library does
+        device = replace(device, arch=89)
     said = _ask("latent_shift_plan_conv", 11, device, shape)
     return None if said is None else ConvPlan(*said)
 
@@ -267,6 +274,15 @@ def _library() -> ctypes.CDLL | None:
     except OSError:
         return None
     return library if hasattr(library, "latent_shift_plan_norm") else None
+
+
+def _has_wgmma() -> bool:
+    path = backends.library_path("_C_cuda")
+    function = path and getattr(ctypes.CDLL(str(path)), "latent_shift_has_wgmma", None)
+    if function is None:
+        return False
+    function.restype = ctypes.c_bool
+    return function()
 
 
 def _norm(work: Work, device: Device) -> Cost | None:
@@ -300,6 +316,12 @@ def _norm_backward(work: Work, device: Device) -> Cost | None:
     )  # fmt: skip
 
 
+def _halo_pixels(length: int) -> int:
+    """Of a row or column of ``length`` pixels, what its tiles read with their borders."""
+    starts = range(0, length, _TILE)
+    return sum(min(at + _TILE + _BORDER, length) - max(at - _BORDER, 0) for at in starts)
+
+
 def _conv2d(work: Work, device: Device) -> Cost | None:
     plan = plan_conv(work, device)
     if plan is None:
@@ -307,12 +329,13 @@ def _conv2d(work: Work, device: Device) -> Cost | None:
     floor, item, frames = least(work), work.dtype.itemsize, work.shape[0]
     cin = work.elements // (frames * work.shape[2] * work.shape[3])
     # the halo of every tile once: the other blocks of columns find it in L2, as all find the filter
-    halos = int(work.elements * _HALO) * item
+    halo = _halo_pixels(work.shape[2]) * _halo_pixels(work.shape[3]) * frames * cin
+    halos = halo * item
     sums = 2 * 2 * frames * plan.pixel_chunks * cin * SUM
     packed = 2 * plan.cta_columns * plan.columns * plan.blocks * 32 * 9 * item
     traffic = floor.bytes + halos + sums + packed
     # every block of columns activates the halo for itself
-    special = 2 * int(work.elements * _HALO) * plan.cta_columns
+    special = 2 * halo * plan.cta_columns
     return Cost(
         f"{'wgmma' if plan.arch == 90 else 'mma'}, {plan.columns} channels a block", 4, traffic,
         floor.flops, special, plan.ctas * plan.cta_columns, plan.threads, plan.shared,

@@ -47,6 +47,16 @@ LS_EXPORT bool latent_shift_plan_norm(bool backward, const int64_t* device, cons
   }
 }
 
+// `shape` is (frames, elements of a frame, bytes of an element, aligned), `plan` (elements an access,
+// blocks, threads) of the elementwise kernels, which every device launches alike.
+LS_EXPORT bool latent_shift_plan_flat(const int64_t*, const int64_t* shape, int64_t* plan) {
+  const int vector = cuda::flat_vector(shape[1], static_cast<int>(shape[2]), shape[3] != 0);
+  plan[0] = vector;
+  plan[1] = shape[0] * cuda::flat_tiles(shape[1], vector);
+  plan[2] = cuda::kFlatThreads;
+  return true;
+}
+
 // `shape` is (frames, height, width, channels of x, of skip, of the output, groups, sums), `plan`
 // (arch of the instruction, columns, cluster, CTAs in x, in y, threads, shared, tiles, blocks of input
 // channels, pixel chunks, workspace bytes).

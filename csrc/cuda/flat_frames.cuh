@@ -9,8 +9,6 @@
 
 namespace latent_shift::cuda {
 
-constexpr int kFlatThreads = 256;
-constexpr int kFlatVectors = 4;  // 64 bytes in flight a thread
 // Blocks a multiprocessor that are asked for: 768 threads of 64 bytes each cover the latency of
 // memory, and for more the compiler would spill.
 constexpr int kFlatBlocks = 3;
@@ -32,9 +30,9 @@ struct FlatShape {
 // Whether frames of `frame_size` elements behind these pointers can be accessed by 16 bytes.
 inline bool fits_vectors(int64_t frame_size, int element_size,
                          std::initializer_list<const void*> pointers) {
-  bool aligned = frame_size * element_size % 16 == 0;
+  bool aligned = true;
   for (const void* p : pointers) aligned = aligned && reinterpret_cast<uintptr_t>(p) % 16 == 0;
-  return aligned;
+  return aligned && flat_vector(frame_size, element_size, aligned) * element_size == 16;
 }
 
 inline FlatFrames flat_frames(const FlatShape& shape, int vector) {
@@ -46,7 +44,7 @@ inline FlatFrames flat_frames(const FlatShape& shape, int vector) {
                     ? slices_of(shape.shift, static_cast<uint32_t>(shape.channels), 1)
                     : slices_of(shape.shift, frame_size, static_cast<uint32_t>(shape.pixels));
   flat.frame_size = frame_size;
-  flat.tiles = ceil_div<uint32_t>(frame_size, kFlatThreads * kFlatVectors * vector);
+  flat.tiles = static_cast<uint32_t>(flat_tiles(frame_size, vector));
   return flat;
 }
 

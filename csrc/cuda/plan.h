@@ -29,6 +29,20 @@ LS_CONSTEXPR Int ceil_div(Int a, Int b) {
   return (a + b - 1) / b;
 }
 
+// The elementwise kernels walk frames in tiles of consecutive vectors (flat_frames.cuh).
+constexpr int kFlatThreads = 256;
+constexpr int kFlatVectors = 4;  // 64 bytes in flight a thread
+
+// Elements of the accesses to frames that are `aligned` to 16 bytes or not, of `size` bytes each.
+inline int flat_vector(int64_t frame_size, int size, bool aligned) {
+  return aligned && frame_size * size % 16 == 0 ? 16 / size : 1;
+}
+
+inline int64_t flat_tiles(int64_t frame_size, int vector) {
+  return (frame_size + kFlatThreads * kFlatVectors * vector - 1) /
+         (kFlatThreads * kFlatVectors * vector);
+}
+
 template <class Int>
 LS_CONSTEXPR Int round_up(Int a, Int b) {
   return ceil_div(a, b) * b;

@@ -12,6 +12,13 @@
 namespace latent_shift::cuda {
 namespace {
 
+// Hopper's kernels trap where they were not compiled for sm_90a.
+#ifdef LATENT_SHIFT_SM90A
+constexpr bool kHasWgmma = true;
+#else
+constexpr bool kHasWgmma = false;
+#endif
+
 // The shift of frames as `like` has it, with other slices.
 Shift with_slices(const Shift& like, const Ints& sizes, const Ints& offsets, int64_t channels) {
   STD_TORCH_CHECK(sizes.size() == 3 && offsets.size() == 3, "expected three slices, got ",
@@ -97,9 +104,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> run_conv(
   check_device(x, filter, "filter");
   const Call call(x);
   Limits limits = call.launcher.limits;
-#ifndef LATENT_SHIFT_SM90A
-  if (limits.arch == 90) limits.arch = 89;  // not compiled for sm_90a: the kernels of wgmma trap
-#endif
+  if (limits.arch == 90 && !kHasWgmma) limits.arch = 89;
   const int64_t out_channels = filter.size(0);
   if (const char* reason = conv_refusal(x.size(1), skip_channels, out_channels, limits)) {
     STD_TORCH_CHECK(false, "the fused convolution ", reason, "; got ", x.size(1), " + ",
@@ -163,6 +168,11 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> run_conv(
 }
 
 }  // namespace latent_shift::cuda
+
+// For explain and the cost model.
+extern "C" __attribute__((visibility("default"))) bool latent_shift_has_wgmma() {
+  return latent_shift::cuda::kHasWgmma;
+}
 
 STABLE_TORCH_LIBRARY_IMPL(latent_shift, CUDA, m) {
   m.impl("shift_group_norm_silu_conv2d_fused", TORCH_BOX(&latent_shift::cuda::run_conv));

@@ -122,7 +122,7 @@ __global__ void bulk(const __grid_constant__ Trial p) {
 // written. 3: b's past the end. 4: accumulators read before the wait. 5: an operand overwritten before
 // it. 6: no wgmma_fence. 7: one warp's own descriptor. 8: a stride that stays inside, so that only
 // the result is wrong. 9: the last warp takes no part. 10: no fence after the accumulators are
-// written. 11: no wait at all.
+// written. 11: no wait at all. 12: a swizzle, which the layout of b does not have.
 __global__ void matrices(const __grid_constant__ Trial p) {
   using T = __nv_bfloat16;
   auto* a = reinterpret_cast<uint4*>(ptx::dynamic_shared());
@@ -139,7 +139,8 @@ __global__ void matrices(const __grid_constant__ Trial p) {
                                             p.fault == 2   ? 256
                                             : p.fault == 8 ? 64
                                                            : 128);
-  const uint64_t db = ptx::wgmma_descriptor(b, 1024, p.fault == 3 ? 8192 : 128);
+  const uint64_t swizzle = p.fault == 12 ? uint64_t{1} << 62 : 0;
+  const uint64_t db = ptx::wgmma_descriptor(b, 1024, p.fault == 3 ? 8192 : 128) | swizzle;
   ptx::wgmma_m64k16<T, 64>(d, da, db, false);
   if (p.fault == 5 && i == 0) a[0] = {};
   ptx::wgmma_commit();

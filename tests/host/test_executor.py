@@ -291,6 +291,7 @@ FAULTS = {
             9: "warp 3 took part in 0 of 1 wgmma",
             10: "no wgmma_fence after the last access to the accumulators",
             11: "exits with wgmma in flight",
+            12: "wgmma descriptor 0x4.*: a swizzle, a base offset",
         },
     ),
     "cluster": (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from benchmarks import roofline
 from benchmarks.sites import unet_sites
 from latent_shift_kernels import cost
 from latent_shift_kernels.cost import DEVICES, Work
+
+from .backend import HostBackend
 
 BYTES = 2  # of bfloat16
 H200 = DEVICES["h200"]
@@ -139,6 +142,39 @@ def test_a_convolution_counts_the_blocks_that_a_multiprocessor_holds():
     multiprocessors as 32 of 128, which share."""
     wide = Work(cost.CONV2D, (2, 320, 32, 32), out_channels=160)
     assert cost.plan_conv(wide, cost.Device(80, 16, 163 << 10)).columns == 160
+
+
+def test_hopper_without_its_own_kernels_has_those_of_ampere():
+    work = Work(cost.CONV2D, (32, 320, 32, 32))
+    assert cost.plan_conv(work, H200).arch == 90
+    assert cost.plan_conv(work, replace(H200, wgmma=False)).arch == 80
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5, 9), (8, 8), (10, 34), (16, 17)])
+def test_a_convolution_reads_the_borders_of_its_tiles(size):
+    """Counted pixel by pixel: a tile reads its pixels and what touches them, inside the image."""
+    read = 0
+    for top, left in product(range(0, size[0], 8), range(0, size[1], 8)):
+        rows = [r for r in range(top - 1, top + 9) if 0 <= r < size[0]]
+        read += len(rows) * len([c for c in range(left - 1, left + 9) if 0 <= c < size[1]])
+    work = Work(cost.CONV2D, (3, 16, *size), out_channels=8)
+    found, plan = cost.cuda(work, H200), cost.plan_conv(work, H200)
+    assert found.special == 2 * 3 * read * 16 * plan.cta_columns
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("size", "offset"), [((40, 9, 8), 0), ((40, 9, 8), 1), ((5, 3, 7), 0)])
+def test_elementwise_kernels_are_launched_as_explained(host, dtype, size, offset):
+    """``offset`` elements from where an access of 16 bytes may be."""
+    backend = HostBackend(host, offset=offset, races=False)
+    backend.temporal_shift(
+        torch.randn(3, *size).to(dtype), None, 3, [size[0], 0, 0], [0] * 3, "zeros"
+    )
+    work = Work("temporal_shift", (3, *size), dtype, False, aligned=not offset)
+    found, (launch,) = cost.cuda(work, H200), backend.launches
+    assert (found.blocks, found.threads) == (launch["blocks"][0], launch["threads"][0])
+    whole = not offset and torch.Size(size).numel() * dtype.itemsize % 16 == 0
+    assert found.variant.endswith(f" {16 if whole else dtype.itemsize} bytes an access")
 
 
 def test_refused_calls_have_no_plan():

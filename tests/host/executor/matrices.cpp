@@ -116,6 +116,10 @@ struct Operand {
   uint32_t leading, stride;
 
   Operand(const Block& block, uint64_t bits) {
+    constexpr uint64_t kKnown = 0x3FFF'3FFF'3FFF;  // start, leading and stride
+    if (bits & ~kKnown)
+      fault(say("wgmma descriptor 0x", std::hex, bits,
+                ": a swizzle, a base offset or reserved bits, which are not known here"));
     const auto field = [&](int shift) {
       return static_cast<uint32_t>(bits >> shift & 0x3FFF) << 4;
     };
