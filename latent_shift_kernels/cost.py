@@ -20,7 +20,7 @@ from . import backends
 
 SUM = 4  # bytes of a sum or a statistic
 SPECIAL_PER_CLOCK = 16  # exponentials and reciprocals, per multiprocessor
-_TILE, _BORDER = 8, 1  # pixels of a side of the convolution's tiles, and of what they read around it
+_TILE, _BORDER = 8, 1  # pixels: a side of the convolution's tiles, what they read around it
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NORM = "shift_add_group_norm_silu"
 CONV2D = "shift_group_norm_silu_conv2d"
@@ -278,9 +278,9 @@ def _library() -> ctypes.CDLL | None:
 
 def _has_wgmma() -> bool:
     path = backends.library_path("_C_cuda")
-    function = path and getattr(ctypes.CDLL(str(path)), "latent_shift_has_wgmma", None)
-    if function is None:
+    if path is None:
         return False
+    function = ctypes.CDLL(str(path)).latent_shift_has_wgmma
     function.restype = ctypes.c_bool
     return function()
 

@@ -105,10 +105,6 @@ LS_DEVICE void mbarrier_init(uint64_t* barrier, uint32_t count) {
                : "memory");
 }
 
-LS_DEVICE void mbarrier_inval(uint64_t* barrier) {
-  asm volatile("mbarrier.inval.shared.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
-}
-
 LS_DEVICE void mbarrier_arrive(uint64_t* barrier) {
   [[maybe_unused]] uint64_t state;
   asm volatile("mbarrier.arrive.shared.b64 %0, [%1];"
@@ -138,46 +134,12 @@ LS_DEVICE void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
 // ---- matrix fragments, sm_80 -------------------------------------------------------------------
 
 // 8x8 matrices of 16-bit elements: lane 8 i + r points at row r of matrix i (16 bytes, aligned);
-// each lane receives elements 2 (lane % 4) and + 1 of row lane / 4 of every matrix, and of its
-// transpose in the _trans forms.
+// each lane receives elements 2 (lane % 4) and + 1 of row lane / 4 of every matrix.
 LS_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(shared_address(row))
                : "memory");
-}
-
-LS_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
-               : "memory");
-}
-
-LS_DEVICE void ldmatrix_x2(uint32_t (&r)[2], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-               : "=r"(r[0]), "=r"(r[1])
-               : "r"(shared_address(row))
-               : "memory");
-}
-
-LS_DEVICE void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-               : "=r"(r[0]), "=r"(r[1])
-               : "r"(shared_address(row))
-               : "memory");
-}
-
-// The inverse of ldmatrix_x4, sm_90.
-LS_DEVICE void stmatrix_x4(void* row, const uint32_t (&r)[4]) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
-      "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
-      : "memory");
-#else
-  __trap();
-#endif
 }
 
 // d (16x8) += a (16x16, row-major) b (16x8, column-major), T = __nv_bfloat16 or __half.
@@ -195,22 +157,6 @@ LS_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_
   else
     LS_MMA("f16");
 #undef LS_MMA
-}
-
-// ---- streaming global accesses -----------------------------------------------------------------
-
-LS_DEVICE uint4 load_streaming(const void* global) {
-  uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(global));
-  return v;
-}
-
-LS_DEVICE void store_streaming(void* global, uint4 v) {
-  asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(global), "r"(v.x), "r"(v.y),
-               "r"(v.z), "r"(v.w)
-               : "memory");
 }
 
 // ---- Hopper: clusters, sm_90 -------------------------------------------------------------------

@@ -52,8 +52,7 @@ __global__ void conversions(const __grid_constant__ Trial p) {
   out[2 * i + 1] = static_cast<float>(rounded);
 }
 
-// out (16, 8) = a (16, 16) b by one mma. b is (8, 16), read by ldmatrix, or with n = 1 its transpose
-// (16, 8), read by ldmatrix.trans; with n = 2 both fragments are loaded element by element.
+// out (16, 8) = a (16, 16) b^T by one mma, fragments by ldmatrix or, with n = 1, element by element.
 template <class T>
 __global__ void mma_tile(const __grid_constant__ Trial p) {
   const unsigned lane = threadIdx.x, group = lane / 4, pair = 2 * (lane % 4);
@@ -64,37 +63,20 @@ __global__ void mma_tile(const __grid_constant__ Trial p) {
   __syncwarp();
   uint32_t fa[4], fb[2];
   float d[4] = {1, 1, 1, 1};
-  if (p.n == 2) {
+  if (p.n == 1) {
     for (unsigned r = 0; r < 4; ++r)
       fa[r] = *reinterpret_cast<uint32_t*>(a + (group + r % 2 * 8) * 16 + pair + r / 2 * 8);
     for (unsigned r = 0; r < 2; ++r)
       fb[r] = *reinterpret_cast<uint32_t*>(b + group * 16 + pair + r * 8);
   } else {
     ptx::ldmatrix_x4(fa, a + lane % 16 * 16 + lane / 16 * 8);
-    if (p.n == 1)
-      ptx::ldmatrix_x2_trans(fb, b + lane % 16 * 8);
-    else
-      ptx::ldmatrix_x2(fb, b + lane % 8 * 16 + lane / 8 % 2 * 8);
+    uint32_t twice[4];
+    ptx::ldmatrix_x4(twice, b + lane % 8 * 16 + lane / 8 % 2 * 8);
+    fb[0] = twice[0], fb[1] = twice[3];
   }
   ptx::mma_m16n8k16<T>(d, fa, fb);
   auto* out = static_cast<float*>(p.out);
   for (unsigned r = 0; r < 4; ++r) out[(group + r / 2 * 8) * 8 + pair + r % 2] = d[r];
-}
-
-// out = a, four 8x8 matrices through ldmatrix and stmatrix; with n = 1 each is transposed.
-__global__ void matrix_copy(const __grid_constant__ Trial p) {
-  const unsigned lane = threadIdx.x;
-  auto* shared = reinterpret_cast<uint4*>(ptx::dynamic_shared());
-  shared[lane] = ptx::load_streaming(static_cast<const uint4*>(p.a) + lane);
-  __syncwarp();
-  uint32_t r[4];
-  if (p.n == 1)
-    ptx::ldmatrix_x4_trans(r, shared + lane);
-  else
-    ptx::ldmatrix_x4(r, shared + lane);
-  ptx::stmatrix_x4(shared + 32 + lane, r);
-  __syncwarp();
-  ptx::store_streaming(static_cast<uint4*>(p.out) + lane, shared[32 + lane]);
 }
 
 // out (64, N) = a (64, 32) b (N, 32)^T. In shared memory a's core matrices of 8 rows are 160 bytes
@@ -291,7 +273,6 @@ LS_HOST_BINDINGS(features) {
   def_trial<conversions<__half>>(m, "conversions_float16");
   def_trial<mma_tile<__nv_bfloat16>>(m, "mma_tile_bfloat16");
   def_trial<mma_tile<__half>>(m, "mma_tile_float16");
-  def_trial<matrix_copy>(m, "matrix_copy");
   def_trial<wgmma_tile<__half, 16>>(m, "wgmma_tile_float16_16");
   def_trial<wgmma_tile<__nv_bfloat16, 64>>(m, "wgmma_tile_bfloat16_64");
   def_trial<wgmma_tile<__half, 80>>(m, "wgmma_tile_float16_80");

@@ -16,16 +16,13 @@ __global__ void ampere(float* out, const uint4* in) {
   ptx::named_barrier_arrive(2, 64);
   ptx::mbarrier_arrive(barrier);
   ptx::mbarrier_wait(barrier, 0);
-  ptx::mbarrier_inval(barrier);
-  uint32_t a[4], b[2], c[4], e[2];
+  uint32_t a[4], b[4];
   float d[4] = {};
   ptx::ldmatrix_x4(a, row);
-  ptx::ldmatrix_x2(b, row);
-  ptx::ldmatrix_x4_trans(c, row);
-  ptx::ldmatrix_x2_trans(e, row);
-  ptx::mma_m16n8k16<__nv_bfloat16>(d, a, b);
-  ptx::mma_m16n8k16<__half>(d, c, e);
-  ptx::store_streaming(out + 64, ptx::load_streaming(in));
+  ptx::ldmatrix_x4(b, row + 512);
+  const uint32_t left[2] = {b[0], b[1]}, right[2] = {b[2], b[3]};
+  ptx::mma_m16n8k16<__nv_bfloat16>(d, a, left);
+  ptx::mma_m16n8k16<__half>(d, a, right);
   out[threadIdx.x] = ptx::exp2_approx(d[0]) + ptx::rcp_approx(d[1]) + d[2] + d[3];
 }
 
@@ -34,8 +31,6 @@ __global__ void ampere(float* out, const uint4* in) {
 __global__ void hopper(float* out, const uint4* in) {
   unsigned char* shared = ptx::dynamic_shared();
   auto* barrier = reinterpret_cast<uint64_t*>(shared);
-  const uint32_t r[4] = {threadIdx.x, 1, 2, 3};
-  ptx::stmatrix_x4(shared + 1024 + 16 * threadIdx.x, r);
   ptx::mbarrier_init(barrier, 1);
   ptx::fence_mbarrier_init();
   ptx::fence_proxy_async();

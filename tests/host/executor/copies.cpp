@@ -175,15 +175,6 @@ void mbarrier_init(uint64_t* address, uint32_t count) {
   block.mbarriers[at] = std::move(barrier);
 }
 
-void mbarrier_inval(uint64_t* address) {
-  LS_HERE();
-  const uintptr_t at = own_shared(address, 8, "mbarrier.inval");
-  if (!find_mbarrier(at, "mbarrier.inval").waiting.empty())
-    fault("mbarrier.inval: threads wait at the mbarrier");
-  current->block->mbarriers.erase(at);
-  std::memset(m.states + (at - m.shared_base), kUninitialised, 8);
-}
-
 void mbarrier_arrive(uint64_t* address, uint32_t expected_bytes) {
   LS_HERE();
   Fiber& f = *current;

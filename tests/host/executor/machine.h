@@ -263,7 +263,6 @@ enum Kind {
   kBallot,
   kElect,
   kLdmatrix,
-  kStmatrix,
   kMma,
   kWgmma,
   kWgmmaFence,

@@ -29,46 +29,19 @@ static float decode(Element element, uint16_t bits) {
 
 struct Matrices {
   uint32_t* r;
-  int count;
   uintptr_t row;
-  bool transpose;
 };
 
-void ldmatrix(uint32_t* r, int matrices, const void* row, bool transpose) {
+void ldmatrix_x4(uint32_t* r, const void* row) {
   LS_HERE();
-  Matrices operands{r, matrices, reinterpret_cast<uintptr_t>(row), transpose};
-  if (current->lane < 8u * static_cast<uint32_t>(matrices))
-    check_shared(own_shared(row, 16, "ldmatrix"), 16, false);
-  meet_all(kLdmatrix + 64 * matrices + transpose, &operands, "ldmatrix", [](Meeting& meeting) {
-    const auto lane = [&](uint32_t i) { return static_cast<Matrices*>(meeting.operands[i]); };
-    for (int matrix = 0; matrix < lane(0)->count; ++matrix) {
-      uint16_t elements[8][8];
-      for (uint32_t row = 0; row < 8; ++row)
-        std::memcpy(elements[row],
-                    reinterpret_cast<void*>(lane(8 * static_cast<uint32_t>(matrix) + row)->row),
-                    16);
-      for (uint32_t i = 0; i < kWarp; ++i) {
-        const uint32_t row = i / 4, column = 2 * (i % 4);
-        const bool t = lane(i)->transpose;
-        const uint32_t low = t ? elements[column][row] : elements[row][column];
-        const uint32_t high = t ? elements[column + 1][row] : elements[row][column + 1];
-        lane(i)->r[matrix] = low | high << 16;
-      }
-    }
-  });
-}
-
-void stmatrix(void* row, const uint32_t* r) {
-  LS_HERE();
-  require(90, "stmatrix");
-  Matrices operands{const_cast<uint32_t*>(r), 4, own_shared(row, 16, "stmatrix"), false};
-  check_shared(operands.row, 16, true);
-  meet_all(kStmatrix, &operands, "stmatrix", [](Meeting& meeting) {
+  Matrices operands{r, own_shared(row, 16, "ldmatrix")};
+  check_shared(operands.row, 16, false);
+  meet_all(kLdmatrix, &operands, "ldmatrix", [](Meeting& meeting) {
     const auto lane = [&](uint32_t i) { return static_cast<Matrices*>(meeting.operands[i]); };
     for (uint32_t matrix = 0; matrix < 4; ++matrix)
       for (uint32_t i = 0; i < kWarp; ++i)
-        std::memcpy(reinterpret_cast<void*>(lane(8 * matrix + i / 4)->row + 4 * (i % 4)),
-                    &lane(i)->r[matrix], 4);
+        std::memcpy(&lane(i)->r[matrix],
+                    reinterpret_cast<void*>(lane(8 * matrix + i / 4)->row + 4 * (i % 4)), 4);
   });
 }
 

@@ -82,15 +82,13 @@ void cp_async_wait(int groups);
 void cp_async_arrive(uint64_t* barrier);
 
 void mbarrier_init(uint64_t* barrier, uint32_t count);
-void mbarrier_inval(uint64_t* barrier);
 void mbarrier_arrive(uint64_t* barrier, uint32_t expected_bytes);
 void mbarrier_wait(uint64_t* barrier, uint32_t parity);
 void fence_mbarrier_init();
 void fence_proxy_async();
 void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* barrier, uint32_t mask);
 
-void ldmatrix(uint32_t* r, int matrices, const void* row, bool transpose);
-void stmatrix(void* row, const uint32_t* r);
+void ldmatrix_x4(uint32_t* r, const void* row);
 void mma(Element element, float* d, const uint32_t* a, const uint32_t* b);
 
 void check_descriptor(const void* shared, uint32_t leading_bytes, uint32_t stride_bytes);

@@ -33,7 +33,6 @@ inline void named_barrier_arrive(uint32_t id, uint32_t threads) {
 inline void mbarrier_init(uint64_t* barrier, uint32_t count) {
   host::mbarrier_init(barrier, count);
 }
-inline void mbarrier_inval(uint64_t* barrier) { host::mbarrier_inval(barrier); }
 inline void mbarrier_arrive(uint64_t* barrier) { host::mbarrier_arrive(barrier, 0); }
 inline void mbarrier_arrive_expect_tx(uint64_t* barrier, uint32_t bytes) {
   host::require(90, "mbarrier.arrive.expect_tx");
@@ -64,15 +63,7 @@ inline void bulk_copy_to_shared_multicast(void* shared, const void* global, uint
   host::bulk_copy(shared, global, bytes, barrier, mask);
 }
 
-inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) { host::ldmatrix(r, 4, row, false); }
-inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
-  host::ldmatrix(r, 4, row, true);
-}
-inline void ldmatrix_x2(uint32_t (&r)[2], const void* row) { host::ldmatrix(r, 2, row, false); }
-inline void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row) {
-  host::ldmatrix(r, 2, row, true);
-}
-inline void stmatrix_x4(void* row, const uint32_t (&r)[4]) { host::stmatrix(row, r); }
+inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) { host::ldmatrix_x4(r, row); }
 
 template <class T>
 constexpr host::Element element_of =
@@ -125,9 +116,6 @@ template <int N>
 void set_max_registers_decrease() {
   static_assert(N % 8 == 0 && N >= 24 && N <= 256);
 }
-
-inline uint4 load_streaming(const void* global) { return *static_cast<const uint4*>(global); }
-inline void store_streaming(void* global, uint4 v) { *static_cast<uint4*>(global) = v; }
 
 inline bool elect_one() { return host::elect_one(); }
 
