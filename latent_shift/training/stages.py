@@ -358,8 +358,6 @@ class CaptionedLatents(SmallStage):
 
     def _take_text_encoder(self) -> None:
         source, folder = self.recipe.text.init_from, self.pipeline / "text_encoder"
-        if folder.exists():
-            return
         if source == "embedded":
             pipe = LatentShiftPipeline.from_embedded()
             encoder, tokenizer = pipe.text_encoder, pipe.tokenizer
@@ -372,6 +370,19 @@ class CaptionedLatents(SmallStage):
                 f"the text encoder of text.init_from = {source} is {width} wide, and "
                 f"text.hidden_size is {expected}: set it to {width}"
             )
+        if folder.exists():
+            there = CLIPTextModel.from_pretrained(folder).state_dict()
+            # in the precision that packages keep
+            same = all(
+                name in there and torch.equal(there[name].half(), value.half())
+                for name, value in encoder.state_dict().items()
+            )
+            if not same:
+                raise TrainingError(
+                    f"{folder} is not the text encoder of text.init_from = {source}, and what was "
+                    "trained here may know its words only: train in another --output-dir"
+                )
+            return
         tokenizer.save_pretrained(self.pipeline / "tokenizer")
         unfinished = folder.with_suffix(".tmp")
         encoder.float().save_pretrained(unfinished)

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from transformers import CLIPTextModel
 
 from latent_shift.training import checkpoints, config, load_recipe, recipe_names, train, trainer
 from latent_shift.training.export import load_run
@@ -96,6 +97,15 @@ def test_a_text_encoder_that_is_there_is_taken_as_it_is(finished, recipe, tmp_pa
         taken, given = (root / "pipeline" / name for root in (tmp_path, finished))
         assert taken.read_bytes() == given.read_bytes()
     (tmp_path / "image" / "done").unlink()
+    assert train(recipe, [source], output_dir=tmp_path, stages=["image"])
+    (tmp_path / "image" / "done").unlink()
+    shutil.copytree(finished / "pipeline", tmp_path / "other")
+    encoder = CLIPTextModel.from_pretrained(tmp_path / "other" / "text_encoder")
+    next(encoder.parameters()).data += 1
+    encoder.save_pretrained(tmp_path / "other" / "text_encoder")
+    source = f"text.init_from={tmp_path / 'other'}"
+    with pytest.raises(trainer.TrainingError, match="is not the text encoder of text.init_from"):
+        train(recipe, [source], output_dir=tmp_path, stages=["image"])
     shutil.rmtree(tmp_path / "pipeline" / "text_encoder")
     with pytest.raises(trainer.TrainingError, match="128 wide.*text.hidden_size is 16: set it"):
         train(recipe, ["text.init_from=embedded"], output_dir=tmp_path, stages=["image"])
