@@ -169,8 +169,18 @@ def no_shift(x: Tensor, spec: ShiftSpec) -> Tensor:
     return x
 
 
-def composed(op: Op, shift: Shift, spec: ShiftSpec) -> Function:
-    """``op`` out of a shift and PyTorch's own functions."""
+def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """PyTorch's own."""
+    return F.silu(F.group_norm(x, NUM_GROUPS, weight, bias, EPS))
+
+
+def composed(
+    op: Op,
+    shift: Shift,
+    spec: ShiftSpec,
+    norm: Callable[[Tensor, Tensor, Tensor], Tensor] = group_norm_silu,
+) -> Function:
+    """``op`` out of a shift, a norm with its activation, and PyTorch's own functions."""
 
     def run(
         x: Tensor,
@@ -185,7 +195,7 @@ def composed(op: Op, shift: Shift, spec: ShiftSpec) -> Function:
             x = residual + x
         if not op.norm:
             return (x,)
-        y = F.silu(F.group_norm(x, NUM_GROUPS, weight, bias, EPS))
+        y = norm(x, weight, bias)
         if op.shift_after:
             y = shift(y, spec)
         if op.conv:
@@ -193,6 +203,11 @@ def composed(op: Op, shift: Shift, spec: ShiftSpec) -> Function:
         return (y,) if residual is None else (y, x)
 
     return run
+
+
+def unshifted(op: Op, shift: Shift, spec: ShiftSpec) -> Function:
+    """``op`` without its shift, for those who have none to be held to."""
+    return composed(op, no_shift, spec)
 
 
 def convolution(x: Tensor, filter: Tensor, **others: Tensor) -> Tensors:
@@ -293,7 +308,7 @@ PROVIDERS: dict[str, Provider] = {
     "group_norm": Provider(
         lambda op, spec, device: composed(op, no_shift, spec),
         lambda case: case.op.norm and not case.op.conv,
-        lambda op, shift, spec: composed(op, no_shift, spec),
+        unshifted,
         "without the shift",
     ),
     "conv2d": Provider(
@@ -562,7 +577,7 @@ def parser() -> argparse.ArgumentParser:
         "--peers",
         type=Path,
         metavar="FILE.py",
-        help="further providers: a Python file with a dict PROVIDERS of this file's Provider",
+        help="further providers: a Python file with a dict PROVIDERS, such as peers.py",
     )
     parser.add_argument("--quick", action="store_true", help="one small site, nothing compiled")
     command.add_output_options(parser)

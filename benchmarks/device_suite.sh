@@ -22,8 +22,8 @@
 # profile    what bounds the kernels (ncu), for the commonest site
 #
 # OUT (default benchmarks/results/<device>) receives a log, a stamp and JSON for every part; PYTHON
-# (default python3) needs torch, triton and pytest. PEERS may name a Python file of further
-# providers for bench_shift.py, such as other projects' kernels: they are measured and not kept.
+# (default python3) needs torch, triton and pytest. PEERS (default benchmarks/peers.py) is a Python
+# file of further providers for bench_shift.py: other projects' kernels, where they are installed.
 set -u -o pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -36,6 +36,7 @@ device=$($PYTHON -c 'import torch; print(torch.cuda.get_device_name(0))') || {
 }
 slug=$(tr -cs 'A-Za-z0-9\n' '-' <<<"${device,,}")
 export OUT=${OUT:-benchmarks/results/$slug}
+export PEERS=${PEERS:-benchmarks/peers.py}
 export LATENT_SHIFT_TEST_DEVICE=cuda PYTHONPATH=$PWD PYTHONUNBUFFERED=1
 mkdir -p "$OUT"
 sources=$(find benchmarks csrc latent_shift latent_shift_kernels tests setup.py -name '*.py' \
@@ -85,7 +86,7 @@ bench() { # name, further options
   local name=$1
   shift
   $PYTHON benchmarks/bench_shift.py --device cuda --cache both \
-    ${PEERS:+--peers "$PEERS"} --resume --json "$OUT/$name.json" --plot "$OUT/$name.png" "$@"
+    --peers "$PEERS" --resume --json "$OUT/$name.json" --plot "$OUT/$name.png" "$@"
 }
 
 NORMS="temporal_shift shift_add shift+group_norm_silu group_norm_silu+shift shift_add_group_norm_silu"

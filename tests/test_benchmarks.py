@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import sys
+import types
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 TINY = [
@@ -62,12 +65,11 @@ def test_the_convolution_and_the_parts_of_it(bench, monkeypatch, tmp_path):
     """A peer may compute a part; everybody is held to what it computes."""
     peers = tmp_path / "peers.py"
     peers.write_text("""
-import torch
-from bench_shift import Provider, convolution, composed, no_shift
-normed = lambda op, *others: composed(op, no_shift, *others[-1:])
+from bench_shift import Provider, composed, no_shift, unshifted
+build = lambda op, spec, device: composed(op, no_shift, spec)
 PROVIDERS = {
-    "peer": Provider(lambda op, spec, device: normed(op, spec), truth=normed, part="no shift"),
-    "boaster": Provider(lambda op, spec, device: normed(op, spec)),
+    "peer": Provider(build, truth=unshifted, part="without the shift"),
+    "boaster": Provider(build),
 }
 """)
     path = tmp_path / "rows.json"
@@ -89,6 +91,46 @@ PROVIDERS = {
             assert row["gbps"] * row["ms"] * 1e6 == pytest.approx(4 * moved[row["pass"]])
     drawn = {file.name for file in tmp_path.glob("*.png")}
     assert drawn == {"rows_fp32_warm_calls.png", "rows_fp32_cold_calls.png"}
+
+
+def test_peers_that_are_installed_are_timed(bench, monkeypatch, tmp_path):
+    """With stand-ins that have their signatures."""
+
+    def stand_in(x, groups, weight, bias, eps, act="silu"):
+        assert act == "silu"
+        return F.silu(F.group_norm(x, groups, weight, bias, eps))
+
+    def sglang(x, weight, bias, groups, eps):
+        return stand_in(x, groups, weight, bias, eps)
+
+    apex = {f"cuda_group_norm_nhwc_{n}_pass": stand_in for n in ("one", "two")}
+    for name, functions in (
+        ("apex.contrib.group_norm.group_norm", apex),
+        ("sglang.jit_kernel.diffusion.triton.group_norm_silu", {"triton_group_norm_silu": sglang}),
+    ):
+        parent = None
+        for end in [i for i, c in enumerate(name + ".") if c == "."]:
+            module = types.ModuleType(name[:end])
+            monkeypatch.setitem(sys.modules, name[:end], module)
+            if parent:
+                setattr(parent, name[:end].rpartition(".")[2], module)
+            parent = module
+        vars(parent).update(functions)
+    monkeypatch.setattr(bench, "PROVIDERS", dict(bench.PROVIDERS))
+    monkeypatch.setattr(bench, "unet_sites", lambda *_: [bench.Site("small", 32, 32, 4, 1, 16)])
+    path = tmp_path / "rows.json"
+    arguments = ["--quick", "--device", "cpu", "--site", "small", "--json", str(path), "--op"]
+    arguments += ["shift_add", "shift_add_group_norm_silu", "--provider", "apex", "sglang"]
+    assert bench.main([*arguments, "--peers", str(BENCHMARKS / "peers.py")]) == 0
+    rows = json.loads(path.read_text())["rows"]
+    timed = {(row["op"], row["layout"], row["pass"], row["provider"]) for row in rows}
+    norm = "shift_add_group_norm_silu"
+    assert {row for row in timed if row[-1] != "clone"} == {
+        (norm, "nchw", "forward", "sglang"),
+        (norm, "channels_last", "forward", "apex"),
+        (norm, "channels_last", "backward", "apex"),
+    }
+    assert {row["status"] for row in rows} == {"ok"}
 
 
 def test_a_graph_holds_every_set_of_buffers(bench, monkeypatch):
