@@ -33,8 +33,8 @@ from __future__ import annotations
 import argparse
 import runpy
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import product
@@ -485,9 +485,16 @@ _MEASURED = (
 )
 
 
-def stream_of(case: Case) -> Any:
-    """Where a case is prepared: graphs are captured on a stream of their own."""
-    return torch.cuda.stream(torch.cuda.Stream()) if case.launch == "graph" else nullcontext()
+@contextmanager
+def stream_of(case: Case) -> Iterator[None]:
+    """Where a case is prepared: graphs on a stream of their own, which waits and is waited for."""
+    if case.launch != "graph":
+        yield
+        return
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        yield
+    torch.cuda.synchronize()
 
 
 def _row(case: Case, provider: str, device: torch.device) -> dict[str, Any]:
