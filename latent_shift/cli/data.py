@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .common import (
+    DTYPES,
     SPLITS,
     CommandError,
     Device,
@@ -23,14 +24,17 @@ from .common import (
     load,
     many,
     note,
+    place_of,
     progress,
     size_of,
+    why,
     write,
 )
 
 if TYPE_CHECKING:
     from ..data.base import ClipFormat, ClipSource
     from ..data.report import Report
+    from ..pipeline import LatentShiftPipeline
 
 KINDS = ("auto", "folder", "frames", "table", "webdataset", "huggingface", "moving-shapes")
 _FRAMES = 16
@@ -158,6 +162,11 @@ def cache(
     frames_fps: FramesFps = 8.0,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    layout: Annotated[
+        str, typer.Option(help="For a single-file checkpoint, a folder or name of its layout.")
+    ] = "",
+    revision: Annotated[str, typer.Option(help="Of a name on the Hub.")] = "",
+    variant: Annotated[str, typer.Option(help="Of a folder's or name's files, as fp16.")] = "",
 ) -> None:
     """Computes latents and text embeddings once; goes on where it was interrupted.
 
@@ -177,7 +186,16 @@ def cache(
 
     if device == "auto" and torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    pipe = load(model, device, dtype)
+    if dtype != "auto":
+        dtype = choice(dtype, ("auto", *DTYPES), "--dtype")
+    elif place_of(device).type == "cpu":
+        dtype = "float32"
+    else:
+        dtype = "float16"
+    if layout or revision or variant or Path(model).is_file():
+        pipe = _as_training_loads(model, layout, revision, variant).to(place_of(device))
+    else:
+        pipe = load(model, device, "float32")
     if height is None or width is None:
         height, width = pipe._own_size()
     factor = pipe.vae_scale_factor
@@ -205,6 +223,7 @@ def cache(
                 world=world,
                 posterior=posterior,  # type: ignore[arg-type]
                 dtype=store,
+                compute=dtype,
                 shard_clips=shard_clips,
                 workers=workers,
                 progress=advance,
@@ -226,6 +245,21 @@ def cache(
     console().print(line)
     if report.skipped:
         console().print(f"skipped {_counts(report.skipped)}")
+
+
+def _as_training_loads(model: str, layout: str, revision: str, variant: str) -> LatentShiftPipeline:
+    from ..training import TrainingError
+    from ..training.finetune import load_model
+    from ..training.finetune_config import ModelConfig
+
+    try:
+        return load_model(
+            ModelConfig(source=model, layout=layout, revision=revision, variant=variant)
+        )
+    except TrainingError as error:
+        raise CommandError(str(error)) from error
+    except Exception as error:  # as in `load`
+        raise CommandError(f"cannot load the model {model!r}: {why(error)}") from error
 
 
 @shapes.command()

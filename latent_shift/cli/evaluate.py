@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from ..data.base import ClipFormat, ClipSource
     from ..evaluation.measure import Plan, Score
     from ..evaluation.sets import GeneratedClips, StoredClips
+    from ..pipeline import LatentShiftPipeline
 
 _SHAPES = "moving-shapes"
 _FRAMES = 16  # of stored clips, unless told otherwise; the field's number
@@ -161,10 +163,14 @@ def evaluate(
         call = {
             "num_inference_steps": steps or config.default_steps,
             "guidance_scale": config.default_guidance_scale if guidance is None else guidance,
+            "height": form.height,
+            "width": form.width,
         }
-        if size:
-            call |= {"height": form.height, "width": form.width}
-        about: dict[str, Any] = {"model": pipe.model_name, "fps": config.default_fps}
+        about: dict[str, Any] = {
+            "model": pipe.model_name,
+            "weights": _weights(pipe),
+            "fps": config.default_fps,
+        }
         asked: Sequence[Any]
         wanted = number or max(64, 0 if force else plan.minimum)
         if texts is not None:
@@ -246,6 +252,14 @@ def _format(frames: int, height: int, width: int, fps: float | None) -> ClipForm
     from ..data.base import ClipFormat
 
     return ClipFormat(frames, height, width, fps)
+
+
+def _weights(pipe: LatentShiftPipeline) -> str:
+    """Hexadecimal digest of everything that is learned in a pipeline."""
+    from ..data.encode import model_digest
+
+    parts = (pipe.unet, pipe.vae, pipe.text_encoder)
+    return hashlib.sha256("".join(map(model_digest, parts)).encode()).hexdigest()
 
 
 def _stored(

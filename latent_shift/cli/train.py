@@ -15,7 +15,8 @@ STOPPED = 3  # exit status
 
 def train(
     config: Annotated[
-        str, typer.Argument(help="A TOML file, or the name of a recipe: embedded, finetune.")
+        str,
+        typer.Argument(help="A TOML file, or the name of a recipe: embedded, finetune, reproduce."),
     ],
     overrides: Annotated[
         list[str] | None,
@@ -56,6 +57,8 @@ def train(
     if not dry_run:
         check_folder(output)
     from .. import training
+    from ..data.batches import NoClipsError
+    from ..data.cache import CacheError
     from ..training.finetune_config import Finetune
 
     try:
@@ -82,6 +85,8 @@ def train(
             recipe, output_dir=output, stages=stage, max_seconds=max_seconds, **call
         )
     except (
+        CacheError,
+        NoClipsError,
         training.TrainingError,
         training.DamagedCheckpointError,
         training.CheckpointWriteError,

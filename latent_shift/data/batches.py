@@ -36,6 +36,10 @@ class Batch:
     captions: list[str]
 
 
+class NoClipsError(RuntimeError):
+    """Of all the clips of a source none can be used."""
+
+
 class Batches:
     """The endless sequence of batches of a run, read by step in any order.
 
@@ -147,7 +151,7 @@ class Batches:
         message = f"none of the {len(order)} clips of {self.source.where!r} can be used: {reasons}"
         if lonely := self.source.unmatched:
             message += f"; captions that belong to no clip: {len(lonely)}, such as {lonely[0]}"
-        raise RuntimeError(f"{message}; `latent-shift data inspect` tells more")
+        raise NoClipsError(f"{message}; `latent-shift data inspect` tells more")
 
     def _skip(self, index: int, error: ClipError) -> None:
         with self._lock:

@@ -16,6 +16,7 @@ gone on with, only by what has the same one.
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import logging
 import os
@@ -84,6 +85,7 @@ def build_cache(
     world: int = 1,
     posterior: Posterior = "sample",
     dtype: str = "float16",
+    compute: str = "float32",
     shard_clips: int = 256,
     workers: int = 0,
     progress: Callable[[int], None] | None = None,
@@ -95,8 +97,10 @@ def build_cache(
 
     Args:
         form: must take one sample of each clip: `crop="center"`, `start="middle"`, no flips.
-        vae, text_encoder, tokenizer: on the device and in the dtype to compute with.
+        vae, text_encoder, tokenizer: on the device to compute on, in the dtype that training will
+            load them in (float32), for their weights are part of the fingerprint.
         dtype: stored, one of `DTYPES`.
+        compute: what copies of them compute in, one of `DTYPES`.
         shard_clips: clips in a shard; of no effect on a cache that was begun.
         workers: threads that read clips while others are encoded.
         progress: called with the number of clips of this rank that are done.
@@ -111,10 +115,10 @@ def build_cache(
             "need 0 <= rank < world, shard_clips >= 1 and workers >= 0, got "
             f"{rank}, {world}, {shard_clips} and {workers}"
         )
-    if dtype not in DTYPES or posterior not in get_args(Posterior):
+    if not {dtype, compute} <= DTYPES.keys() or posterior not in get_args(Posterior):
         raise ValueError(
-            f"dtype must be one of {', '.join(DTYPES)} and posterior one of "
-            f"{', '.join(get_args(Posterior))}, got {dtype!r} and {posterior!r}"
+            f"dtype and compute must be of {', '.join(DTYPES)} and posterior one of "
+            f"{', '.join(get_args(Posterior))}, got {dtype!r}, {compute!r} and {posterior!r}"
         )
     source.check(form)
     folder = Path(folder)
@@ -124,8 +128,13 @@ def build_cache(
         ),
         "posterior": posterior,
         "dtype": dtype,
+        "compute": compute,
         "code": _CODE,
     }
+    if compute != "float32":
+        vae, text_encoder = (
+            copy.deepcopy(model).to(DTYPES[compute]) for model in (vae, text_encoder)
+        )
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / _MANIFEST).exists():
         manifest = _manifest(folder)
@@ -413,7 +422,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
     path = folder / _MANIFEST
     try:
         manifest = json.loads(path.read_text())
-        if manifest.keys() < {"fingerprint", "clips", "shard_clips", "scaling_factor"}:
+        if not manifest.keys() >= {"fingerprint", "clips", "shard_clips", "scaling_factor"}:
             raise ValueError("entries are missing")
     except FileNotFoundError:
         raise FileNotFoundError(f"{folder} holds no cache: it has no {_MANIFEST}") from None

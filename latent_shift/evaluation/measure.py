@@ -399,7 +399,7 @@ def save_features(path: Path, features: Tensor, protocol: dict[str, Any]) -> Non
     """Stores features with the protocol that they are a function of, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(protocol, sort_keys=True)
-    metadata = {"protocol": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    metadata = {"protocol": text, "sha256": _digest(text, features)}
     temporary = path.with_suffix(".tmp")
     save_file({"features": features.contiguous()}, temporary, metadata)
     os.replace(temporary, path)
@@ -416,17 +416,24 @@ def load_features(path: Path, protocol: dict[str, Any]) -> Tensor:
             metadata = file.metadata() or {}
             features = file.get_tensor("features")
         stored = json.loads(metadata["protocol"])
-        intact = hashlib.sha256(metadata["protocol"].encode()).hexdigest() == metadata["sha256"]
+        intact = _digest(metadata["protocol"], features) == metadata["sha256"]
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise EvaluationError(f"{path} is damaged, delete it ({error})") from error
     wanted = json.loads(json.dumps(protocol))
-    if not intact or stored != wanted:
-        differing = _differences(stored, wanted) or ["its own hash"]
+    if not intact:
+        raise EvaluationError(f"{path} is damaged, delete it: its hash is not what was written")
+    if stored != wanted:
+        differing = _differences(stored, wanted)
         raise EvaluationError(
             f"{path} holds features made under another protocol ({'; '.join(differing)}): delete "
             "it, or name another folder"
         )
     return features
+
+
+def _digest(protocol: str, features: Tensor) -> str:
+    content = features.contiguous().view(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(protocol.encode() + content.tobytes()).hexdigest()
 
 
 def _differences(stored: Any, wanted: Any, name: str = "") -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -176,6 +178,7 @@ class GeneratedClips(ClipSet):
         return {
             "clips": "generated",
             "count": self.count,
+            "captions": hashlib.sha256(json.dumps(self._texts).encode()).hexdigest(),
             "num_frames": self.num_frames,
             "seed": self._seed,
             **self._about,

@@ -66,7 +66,7 @@ def save_checkpoint(directory: Path, step: int, state: dict[str, Any], keep: int
             + (f"{whole[-1].name} is whole" if whole else "there is none before it")
         ) from error
     for old in list_checkpoints(directory)[:-keep]:
-        shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)
     for stale in directory.glob(f".{_PREFIX}*"):
         shutil.rmtree(stale, ignore_errors=True)
     return final

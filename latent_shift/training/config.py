@@ -221,7 +221,7 @@ class TemporalConfig:
     def __post_init__(self) -> None:
         if self.temporal != "shift":
             own = {field.name: field.default for field in dataclasses.fields(TemporalConfig)}
-            for name in ("preset", "fold_div", "placement"):
+            for name in ("preset", "fold_div", "placement", "boundary", "single_frame"):
                 if getattr(self, name) != own[name]:
                     raise ValueError(
                         f'{name} belongs to the shift, and temporal is "{self.temporal}": leave '

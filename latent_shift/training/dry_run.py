@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from latent_shift.data.clips import ClipSource
 from latent_shift.training.finetune import FinetuneStage, make_ranks
 from latent_shift.training.finetune_config import Finetune
-from latent_shift.training.trainer import Loop, LoopConfig
+from latent_shift.training.trainer import Loop, LoopConfig, OutOfMemory
 
 _TIMED = 2  # steps
 
@@ -78,14 +78,18 @@ def dry_run(
     ranks = make_ranks(config)
     stage = FinetuneStage(config, ranks, pipeline=pipeline, clips=clips, images=images)
     loop = Loop(stage, LoopConfig(config.seed, 1, config.train.accumulate), ranks)
-    loop.step(0)  # the optimizer's state, and whatever is made at first use
-    watch = stage.watch
-    watch.seconds = Counter()
-    begin = watch.now()
-    for step in range(1, 1 + _TIMED):
-        loop.step(step)
+    watch, begin = stage.watch, 0.0
+    for step in range(1 + _TIMED):
+        if step == 1:  # the first made the optimizer's state, and whatever is made at first use
+            watch.seconds = Counter()
+            begin = watch.now()
+        try:
+            loop.step(step)
+        except OutOfMemory as error:
+            raise error.advised(stage) from None
     seconds = (watch.now() - begin) / _TIMED
     names = ("data", "autoencoder", "text", "forward", "backward", "optimizer")
+    assert watch.seconds is not None
     parts = {name: watch.seconds[name] / _TIMED for name in names}
     parts["other"] = seconds - sum(parts.values())
     models: list[nn.Module] = [

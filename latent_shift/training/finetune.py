@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,8 +18,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import gather_object
 from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline
-from diffusers.training_utils import cast_training_params, compute_snr
+from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -28,7 +30,7 @@ from latent_shift.data.encode import encode_frames, encode_text
 from latent_shift.pipeline import LatentShiftPipeline, LatentShiftPipelineOutput
 from latent_shift.temporal import LatentVDMUNet, insert_temporal_layers
 from latent_shift.training.config import to_dict
-from latent_shift.training.finetune_config import Finetune, ModelConfig, TrainConfig
+from latent_shift.training.finetune_config import ClipsConfig, Finetune, ModelConfig, TrainConfig
 from latent_shift.training.measuring import Stopwatch
 from latent_shift.training.trainer import (
     Clock,
@@ -38,6 +40,7 @@ from latent_shift.training.trainer import (
     Results,
     TrainingError,
     derive_seed,
+    going_on,
     is_out_of_memory,
     run_stage,
 )
@@ -61,12 +64,26 @@ def load_model(config: ModelConfig) -> LatentShiftPipeline:
     """
     path = Path(config.source).expanduser()
     options: dict[str, Any] = {"dtype": torch.float32}
+    if config.layout and not path.is_file():
+        raise TrainingError(
+            f"model.layout is of single files, and model.source = {config.source!r} is none: "
+            "leave it out"
+        )
     if path.is_file():
         if config.layout:
             options["config"] = config.layout
-        image = StableDiffusionPipeline.from_single_file(
-            str(path), **options, safety_checker=None, requires_safety_checker=False
-        )
+        try:
+            image = StableDiffusionPipeline.from_single_file(
+                str(path), **options, safety_checker=None, requires_safety_checker=False
+            )
+        except Exception as error:  # a damaged file fails in any of several libraries
+            if config.layout:
+                raise
+            raise TrainingError(
+                f"cannot load the single file {config.source} ({' '.join(str(error).split())}): "
+                "diffusers asks the Hub for its layout; where that cannot be reached, name a "
+                "folder of the same layout by model.layout"
+            ) from error
         return make_video_model(image, config)
     options |= {
         name: value
@@ -179,30 +196,27 @@ def choose_parameters(pipeline: LatentShiftPipeline, config: TrainConfig) -> Non
         pipeline.text_encoder.requires_grad_(True)
 
 
-def open_data(config: Finetune, pipeline: LatentShiftPipeline) -> tuple[ClipSource, ClipSource]:
-    """Returns the clips and the images of a run.
+def open_data(where: str, data: ClipsConfig, pipeline: LatentShiftPipeline) -> ClipSource:
+    """Opens the clips, images or held-out clips of a run; `data.format` is of `data.clips`.
 
     Raises:
         CacheError: a cache is incomplete, or was made with other models than `pipeline`'s.
     """
-    data = config.data
-    options: dict[str, Any] = {
-        "caption_column": data.caption_column,
-        "path_column": data.path_column,
-    }
-    clips: ClipSource
-    if data.format == "cache" or (
-        data.format == "auto" and (Path(data.clips) / "manifest.json").is_file()
-    ):
-        clips = open_cache(
-            data.clips,
+    kind = data.format if where == data.clips else "auto"
+    if kind == "cache" or (kind == "auto" and (Path(where) / "manifest.json").is_file()):
+        return open_cache(
+            where,
             vae=pipeline.vae,
             text_encoder=pipeline.text_encoder,
             tokenizer=pipeline.tokenizer,
         )
-    else:
-        clips = open_source(data.clips, kind=data.format, **options)  # type: ignore[arg-type]
-    return clips, open_source(data.images, **options) if data.images else clips
+    return open_source(
+        where,
+        kind=kind,  # type: ignore[arg-type]
+        caption_column=data.caption_column,
+        path_column=data.path_column,
+        frames_fps=data.frames_fps,
+    )
 
 
 class FinetuneStage:
@@ -232,10 +246,13 @@ class FinetuneStage:
         self.config, self.ranks, self.folder = config, ranks, folder
         self.steps, self.optimizer = config.train.steps, config.optimizer
         self.watch = Stopwatch(ranks.device)
-        if pipeline is None:
-            self.pipeline = load_model(config.model)
-        else:
-            self.pipeline = make_video_model(pipeline, config.model)
+        if pipeline is not None and ranks.sharded:
+            raise TrainingError(
+                "FSDP loads the model again to save it: name it by model.source, in place of "
+                "pipeline="
+            )
+        self._whole: dict[str, dict[str, Tensor]] = {}
+        self.pipeline = self._load(pipeline)
         self._open(clips, images)
         self._prepare_model(self.pipeline)
         self.scheduler = DDPMScheduler.from_config(self.pipeline.scheduler.config)
@@ -271,7 +288,8 @@ class FinetuneStage:
         if batch.latents is None or batch.latents.shape[1] == 1:
             return batch
         # a cache has whole clips: take a frame of each
-        generator = torch.Generator().manual_seed(derive_seed("frame", step, self.ranks.rank))
+        seed = derive_seed(self.seed, "frame", step, self.ranks.rank)
+        generator = torch.Generator().manual_seed(seed)
         rows, frames = batch.latents.shape[:2]
         chosen = torch.randint(frames, (rows,), generator=generator)
         return replace(batch, latents=batch.latents[torch.arange(rows), chosen].unsqueeze(1))
@@ -353,7 +371,8 @@ class FinetuneStage:
             found = motion(clip.frames)
             sums += torch.tensor([1.0, found["difference"], found["second_difference"]])
             if self.folder is not None:
-                write_clips(clip, self.folder / "validation" / f"step-{step:08d}", index)
+                with going_on("a validation clip"):
+                    write_clips(clip, self.folder / "validation" / f"step-{step:08d}", index)
         total = self.ranks.mean(sums.float().to(self.ranks.device)).cpu()
         scores = {
             "difference": float(total[1] / total[0]),
@@ -361,13 +380,14 @@ class FinetuneStage:
         }
         if self.form.num_frames > 2 and self.ranks.first:
             for line in say_collapse(scores, truth):
-                tqdm.write(f"WARNING: step {step}: {line}")
+                tqdm.write(f"WARNING: step {step}: {line}", file=sys.stderr)
         scores |= {f"training_{key}": value for key, value in truth.items()}
         if self.held_out is not None:
             scores["loss"] = self._held_out_loss()
+        images = Counter() if self.images is self.clips else self.images.skipped
+        skipped: Counter[str] = sum(gather_object([self.clips.skipped + images]), Counter())
         if self.ranks.first:
-            images = Counter() if self.images is self.clips else self.images.skipped
-            for reason, count in (self.clips.skipped + images).items():
+            for reason, count in skipped.items():
                 _log.warning("so far %d clips were skipped: %s", count, reason)
         return scores
 
@@ -379,6 +399,9 @@ class FinetuneStage:
         if self.folder is None or not self.ranks.first:
             return
         pipeline, folder = self.pipeline, self.folder
+        for name, weights in self._whole.items():  # as they were before they were halved
+            module = getattr(pipeline, name)
+            module.float().load_state_dict(weights, strict=False)
         if self.config.train.what == "lora":
             from peft.utils import get_peft_model_state_dict
 
@@ -403,7 +426,7 @@ class FinetuneStage:
     def unsharded(self, weights: dict[str, Any]) -> Iterator[None]:
         """Puts a whole copy of the pipeline in place of the sharded one."""
         sharded = self.pipeline
-        self.pipeline = load_model(self.config.model)
+        self.pipeline = self._load(None)
         self._prepare_model(self.pipeline)
         for name, module in self.modules().items():
             begin = f"{name}."
@@ -415,10 +438,22 @@ class FinetuneStage:
         finally:
             self.pipeline = sharded
 
-    def advice(self, step: int) -> str:
-        """Tries smaller batches until one fits, on this rank alone."""
-        config, index = self.config, step * self.config.train.accumulate
-        size = len(self.batch(index).captions)
+    def _load(self, pipeline: DiffusionPipeline | None) -> LatentShiftPipeline:
+        # the layers that a video model gets have weights of their own
+        torch.manual_seed(derive_seed(self.seed, "temporal layers"))
+        if pipeline is None:
+            return load_model(self.config.model)
+        return make_video_model(pipeline, self.config.model)
+
+    def advice(self, batch: int) -> str:
+        """Tries smaller batches until one fits, beside one of the other kind and on this rank
+        alone."""
+        config, every = self.config, self.config.data.image_every
+        size = len(self.batch(batch).captions)
+        images = bool(every) and batch % every == 0
+        other = None
+        if every > 1:
+            other = batch + 1 if images else batch - batch % every
         smaller = [size >> halves for halves in range(1, size.bit_length())]
         # what costs the least time first
         train, unet = config.train, self.pipeline.unet
@@ -430,11 +465,12 @@ class FinetuneStage:
         if not train.gradient_checkpointing:
             tries += [(rows, "gradient_checkpointing") for rows in (size, *smaller)]
         for rows, saving in [] if self.ranks.sharded else tries:
-            if not self._fits(index, rows, saving, step == 0):
+            if not self._fits(batch, rows, saving):
+                continue
+            if other is not None and not self._fits(other, None, saving):
                 continue
             settings = []
             if rows < size:
-                images = size == config.data.image_batch and config.data.image_every
                 settings += [
                     f"data.{'image_batch' if images else 'batch'} = {rows}",
                     f"train.accumulate = {config.train.accumulate * size // rows}",
@@ -448,8 +484,10 @@ class FinetuneStage:
             "`accelerate launch --use_fsdp`"
         )
 
-    def _fits(self, index: int, rows: int, saving: str, fresh: bool) -> bool:
+    def _fits(self, index: int, rows: int | None, saving: str) -> bool:
+        """Whether a batch, or some rows of it, goes through forward and backward passes."""
         parameters = [p for group in self.parameter_groups() for p in group["params"]]
+        fresh = index < self.config.train.accumulate  # the moments are not there before a step
         whole = self.batch(index)
         pixels, latents, text = (
             part if part is None else part[:rows]
@@ -459,7 +497,6 @@ class FinetuneStage:
         if saving:
             _save_memory(self.pipeline.unet, saving, True)
         try:
-            # the moments are not there before the first step
             moments = [torch.empty_like(p) for p in parameters for _ in range(2 * fresh)]
             with self.ranks.accelerator.autocast():
                 loss = self.loss_of(cut, torch.Generator().manual_seed(0))
@@ -483,6 +520,7 @@ class FinetuneStage:
         choose_parameters(pipeline, config.train)
         if not any(p.requires_grad for p in pipeline.unet.parameters()):
             raise TrainingError("nothing of the U-Net is trained: change [train]")
+        self._whole = {}
         half = _HALF.get(config.precision)
         if half == torch.float16 and device.type == "cpu":
             raise TrainingError('precision = "fp16" needs a GPU: take "bf16" or "fp32" on the CPU')
@@ -493,22 +531,34 @@ class FinetuneStage:
             pipeline.unet.to(memory_format=torch.channels_last)
         if half is not None:
             if half == torch.bfloat16:  # float16 overflows in some autoencoders
-                pipeline.vae.to(half)
+                self._halve(pipeline, "vae", half)
             if not config.train.text_encoder:
-                pipeline.text_encoder.to(half)
+                self._halve(pipeline, "text_encoder", half)
             if config.train.what == "lora":
-                pipeline.unet.to(half)
-                cast_training_params(pipeline.unet)
+                self._halve(pipeline, "unet", half)
         for saving in ("recompute_activations", "gradient_checkpointing"):
             if getattr(config.train, saving):
                 _save_memory(pipeline.unet, saving, True)
+
+    def _halve(self, pipeline: LatentShiftPipeline, name: str, dtype: torch.dtype) -> None:
+        """Casts what is not trained of a model, and keeps it as it was for `finish`."""
+        frozen = [
+            (key, parameter)
+            for key, parameter in getattr(pipeline, name).named_parameters()
+            if not parameter.requires_grad
+        ]
+        if self.ranks.first:
+            self._whole[name] = {key: p.detach().to("cpu", copy=True) for key, p in frozen}
+        for _, parameter in frozen:
+            parameter.data = parameter.data.to(dtype)
 
     def _open(self, clips: ClipSource | None, images: ClipSource | None) -> None:
         config, ranks = self.config, self.ranks
         data = config.data
         if clips is None:
-            clips, default = open_data(config, self.pipeline)
-            images = default if images is None else images
+            clips = open_data(data.clips, data, self.pipeline)
+            if images is None and data.images:
+                images = open_data(data.images, data, self.pipeline)
         form = ClipFormat(
             data.num_frames,
             data.height,
@@ -544,8 +594,9 @@ class FinetuneStage:
         self.held_out: Batches | None = None
         if config.validation.held_out:
             still = replace(form, start="middle", crop="center", flip=False)
-            source = open_source(config.validation.held_out)
+            source = open_data(config.validation.held_out, data, self.pipeline)
             shared["workers"] = 0
+            still = source.form or still
             self.held_out = Batches(source, still, batch_size=data.batch, seed=0, **shared)
         size = (data.height // factor, data.width // factor)
         known = self.pipeline.unet.config.sample_size
@@ -652,6 +703,8 @@ def run(
     directory = root / FinetuneStage.name
     done = directory / "done"
     if done.exists() and int(done.read_text() or 0) >= config.train.steps:
+        _refuse_another(config, root)
+        tqdm.write(f"{root} holds this run, finished", file=sys.stderr)
         return True
     ranks = make_ranks(config, root)
     if ranks.first:
@@ -689,6 +742,22 @@ def run(
         done.write_text(str(config.train.steps))
     ranks.wait()
     return True
+
+
+def _refuse_another(config: Finetune, root: Path) -> None:
+    """Raises `TrainingError` where the finished run in a folder is not this one."""
+    found = _flat(json.loads((root / "recipe.json").read_text()))
+    now = _flat(json.loads(json.dumps(to_dict(config))))
+    changed = [
+        f"{key} = {value!r}, not {found.get(key)!r}"
+        for key, value in now.items()
+        if not _is_free(key) and key != "train.steps" and found.get(key) != value
+    ]
+    if changed:
+        raise TrainingError(
+            f"{root} holds a finished run of other settings ({'; '.join(changed)}): take another "
+            "output folder"
+        )
 
 
 def make_ranks(config: Finetune, root: Path | None = None) -> Ranks:

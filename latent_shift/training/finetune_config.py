@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from latent_shift.training.config import OptimizerConfig, TemporalConfig
@@ -49,7 +49,8 @@ class ClipsConfig:
         clips: folder, table, tar or data set of captioned clips, or a cache of latents and text;
             see docs/data.md. A cache has one sample of each clip, in one format.
         format: of `clips`; "auto" looks, see docs/data.md for the kinds.
-        caption_column, path_column: of a table.
+        caption_column, path_column: of tables, for pictures and held-out clips as well.
+        frames_fps: the rate of frame folders, which do not tell theirs.
         images: pictures with captions, of the same kinds, for the image batches; empty takes single
             frames of the clips.
         num_frames, height, width: of every clip.
@@ -68,6 +69,7 @@ class ClipsConfig:
     format: str = "auto"
     caption_column: str = "caption"
     path_column: str = "path"
+    frames_fps: float = 8.0
     images: str = ""
     num_frames: int = 16
     height: int = 256
@@ -88,6 +90,8 @@ class ClipsConfig:
         for name in ("num_frames", "height", "width", "stride", "batch", "image_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name} must be >= 1, got {getattr(self, name)}")
+        if not self.frames_fps > 0:
+            raise ValueError(f"data.frames_fps must be > 0, got {self.frames_fps}")
         for name in ("fps", "image_every", "workers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"data.{name} must be >= 0, got {getattr(self, name)}")
@@ -145,6 +149,14 @@ class TrainConfig:
             raise ValueError(
                 'train.patterns chooses nothing where train.what = "all": take "parts"'
             )
+        own = {item.name: item.default for item in fields(TrainConfig)}
+        for used, names, how in (
+            (self.what == "lora", [n for n in own if n.startswith("lora_")], 'what = "lora"'),
+            (self.text_encoder, ["text_learning_rate"], "text_encoder = true"),
+        ):
+            for name in names:
+                if not used and getattr(self, name) != own[name]:
+                    raise ValueError(f"train.{name} is never used: set train.{how}, or leave it")
         if self.what == "lora" and self.text_encoder:
             raise ValueError(
                 'train.what = "lora" puts adapters into the U-Net: set train.text_encoder = false'

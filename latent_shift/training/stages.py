@@ -97,7 +97,7 @@ class SmallStage:
         # only FSDP asks, which `train` refuses for these recipes
         raise NotImplementedError("these stages are not sharded")
 
-    def advice(self, step: int) -> str:
+    def advice(self, batch: int) -> str:
         return f"lower {self.name}.batch, or train on more ranks"
 
 

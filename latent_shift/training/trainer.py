@@ -99,8 +99,8 @@ class Stage(Protocol):
     def unsharded(self, weights: dict[str, Any]) -> AbstractContextManager[None]:
         """Puts whole weights, named `module.parameter`, in place of shards for a while."""
 
-    def advice(self, step: int) -> str:
-        """Says which settings would fit, after `step` has run out of memory."""
+    def advice(self, batch: int) -> str:
+        """Says which settings would fit, after the loss of `batch` has run out of memory."""
 
 
 class Interrupted(Exception):
@@ -109,6 +109,23 @@ class Interrupted(Exception):
 
 class TrainingError(RuntimeError):
     """A run cannot go on; the message says why and what to change."""
+
+
+class OutOfMemory(TrainingError):
+    """A step ran out of memory.
+
+    Attributes:
+        batch: the argument of the `Stage.loss` that did.
+        whole: whether the weights are still those before the step.
+    """
+
+    def __init__(self, step: int, batch: int, reason: str, whole: bool) -> None:
+        super().__init__(f"step {step} ran out of memory ({reason})")
+        self.batch, self.whole = batch, whole
+
+    def advised(self, stage: Stage) -> TrainingError:
+        """The error with what would fit."""
+        return TrainingError(f"{self}: {stage.advice(self.batch)}")
 
 
 class Clock:
@@ -165,7 +182,7 @@ def make_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]]) -> tor
     """Returns AdamW, in eight bits where that is asked for.
 
     Raises:
-        TrainingError: bitsandbytes is not installed.
+        TrainingError: bitsandbytes is not installed, or there is no GPU for it.
     """
     # Over hundreds of small tensors the default takes a tenth of a training step on a CPU.
     kind: Any = functools.partial(torch.optim.AdamW, fused=True)
@@ -177,6 +194,8 @@ def make_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]]) -> tor
                 'optimizer.kind = "adamw8bit" needs bitsandbytes, which is not to be had here '
                 f'({error}): pip install bitsandbytes, or take "adamw"'
             ) from error
+        if all(p.device.type == "cpu" for group in groups for p in group["params"]):
+            raise TrainingError('optimizer.kind = "adamw8bit" needs a GPU: take "adamw"')
         kind = AdamW8bit
     return kind(
         groups,
@@ -264,8 +283,11 @@ class Results:
         return json.loads(self.path.read_text()) if self.path.exists() else {}
 
     def record(self, stage: str, entry: dict[str, Any]) -> None:
+        """Adds the scores of a step, in place of those of a run that had come further before it
+        was killed."""
         values = self.read()
-        values.setdefault(stage, []).append(entry)
+        before = [old for old in values.get(stage, []) if old["step"] < entry["step"]]
+        values[stage] = [*before, entry]
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text(json.dumps(values, indent=2))
         os.replace(temporary, self.path)
@@ -314,6 +336,7 @@ class Loop:
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.average = self._new_average() if stage.optimizer.ema_decay else None
         self.norm: Tensor = torch.zeros(())
+        self._updating = False
         self._train()
 
     def step(self, step: int) -> Tensor:
@@ -323,17 +346,17 @@ class Loop:
             This rank's loss, detached.
 
         Raises:
-            TrainingError: out of memory.
+            OutOfMemory: the gradients are gone, and the step can be tried with other settings.
         """
-        stage, settings = self.stage, self.stage.optimizer
-        factor = learning_rate_factor(step, stage.steps, settings)
+        settings = self.stage.optimizer
+        factor = learning_rate_factor(step, self.stage.steps, settings)
         for group in self.optimizer.param_groups:
             group["lr"] = settings.learning_rate * group.get("scale", 1.0) * factor
+        first, losses = step * self.config.accumulate, []
+        self._updating = False
         try:
-            losses = [
-                self._batch(step * self.config.accumulate + part)
-                for part in range(self.config.accumulate)
-            ]
+            for index in range(first, first + self.config.accumulate):
+                losses.append(self._batch(index))
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -342,7 +365,7 @@ class Loop:
             return torch.stack(losses).mean()
         # outside the handler, whose traceback keeps the step's tensors
         self.optimizer.optimizer.zero_grad(set_to_none=True)
-        raise TrainingError(f"step {step} ran out of memory ({reason}): {stage.advice(step)}")
+        raise OutOfMemory(step, first + len(losses), reason, whole=not self._updating)
 
     def _batch(self, index: int) -> Tensor:
         stage, watch = self.stage, self.stage.watch
@@ -360,6 +383,7 @@ class Loop:
                 with watch("optimizer"):
                     limit = stage.optimizer.max_grad_norm or float("inf")
                     self.norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
+                    self._updating = True
                     self.optimizer.step()
                     self.optimizer.zero_grad()
                     if self.average is not None:
@@ -562,8 +586,10 @@ def run_stage(
                 "missed": missed,
                 "last": last,
             }
-            results.record(directory.name, entry)
-            loop.accelerator.log({f"validation/{key}": v for key, v in scores.items()}, step=step)
+            with going_on("the scores"):
+                results.record(directory.name, entry)
+                tracked = {f"validation/{key}": value for key, value in scores.items()}
+                loop.accelerator.log(tracked, step=step)
             tqdm.write(
                 f"{stage.name} at step {step}: "
                 + "  ".join(f"{k} {v:.3f}" for k, v in scores.items())
@@ -577,16 +603,12 @@ def run_stage(
         if last:
             stage.finish()
 
-    log = open(directory / "log.jsonl" if ranks.first else os.devnull, "a", encoding="utf-8")  # noqa: SIM115
     interval = 0.5 if sys.stderr.isatty() else 30.0
     running = None
     quiet = not ranks.first
-    with (
-        log,
-        tqdm(
-            total=stage.steps, initial=first, desc=stage.name, mininterval=interval, disable=quiet
-        ) as bar,
-    ):
+    with tqdm(
+        total=stage.steps, initial=first, desc=stage.name, mininterval=interval, disable=quiet
+    ) as bar:
         for step in range(first, stage.steps):
             over, due = ranks.any(clock.over, ranks.first and clock.time_to_save())
             if over:
@@ -598,7 +620,12 @@ def run_stage(
                 config.evaluate_every and step and step % config.evaluate_every == 0
             ):
                 evaluate(step, last=False)
-            loss = loop.step(step)
+            try:
+                loss = loop.step(step)
+            except OutOfMemory as error:
+                if error.whole and not ranks.sharded:  # shards take all ranks to save
+                    save(step, must=False)
+                raise error.advised(stage) from None
             if step % 10 == 0:
                 value = ranks.mean(loss).item()
                 if not loop.accelerator.scaler and not torch.isfinite(loop.norm):
@@ -608,19 +635,30 @@ def run_stage(
                 running = value if running is None else 0.95 * running + 0.05 * value
                 rate = loop.optimizer.param_groups[0]["lr"]
                 norm = float(loop.norm)
-                log.write(
-                    json.dumps({"step": step, "loss": value, "norm": norm, "time": time.time()})
-                    + "\n"
-                )
-                log.flush()
                 if ranks.first:
-                    loop.accelerator.log(
-                        {"loss": value, "gradient norm": norm, "learning rate": rate}, step=step
-                    )
+                    line = {"step": step, "loss": value, "norm": norm, "time": time.time()}
+                    with going_on("the log"):
+                        with open(directory / "log.jsonl", "a", encoding="utf-8") as log:
+                            log.write(f"{json.dumps(line)}\n")
+                        loop.accelerator.log(
+                            {"loss": value, "gradient norm": norm, "learning rate": rate}, step=step
+                        )
                 bar.set_postfix(loss=f"{running:.4f}", refresh=False)
             bar.update()
     save(stage.steps)
     evaluate(stage.steps, last=True)
+
+
+@contextmanager
+def going_on(what: str) -> Iterator[None]:
+    """Tells of a disk that is full or refuses, and goes on: only checkpoints are worth stopping
+    for."""
+    try:
+        yield
+    except OSError as error:
+        tqdm.write(
+            f"WARNING: {what} could not be written ({error}); training goes on", file=sys.stderr
+        )
 
 
 def _frozen(module: nn.Module) -> set[str]:

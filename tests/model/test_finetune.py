@@ -22,7 +22,8 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from safetensors.torch import save_file
 
 from latent_shift import LatentShiftPipeline
-from latent_shift.data.cache import build_cache
+from latent_shift.cli import main
+from latent_shift.data.cache import CacheError, build_cache
 from latent_shift.data.clips import Batch, ClipFormat, open_source
 from latent_shift.data.moving_shapes import MovingShapes, render
 from latent_shift.temporal import LatentVDMUNet
@@ -165,6 +166,9 @@ def test_wrong_settings_are_named(recipe, override, message):
         (["model.temporal=vdm", "model.preset=tsm"], "preset belongs to the shift"),
         (["train.patterns=['*']"], "chooses nothing"),
         (["train.what=lora", "train.text_encoder=true"], "text_encoder = false"),
+        (["model.temporal=none", "model.boundary=circular"], "boundary belongs to the shift"),
+        (["train.lora_rank=4"], "train.lora_rank is never used: set train.what"),
+        (["train.text_learning_rate=0.5"], "text_learning_rate is never used"),
     ],
 )
 def test_settings_that_contradict_each_other(recipe, overrides, message):
@@ -180,6 +184,7 @@ def test_settings_that_contradict_each_other(recipe, overrides, message):
         (["train.what=lora", "train.lora_targets=['to_x']"], "train.lora_targets"),
         (["data.height=17"], "multiples of 2"),
         (["precision=fp16"], "needs a GPU"),
+        (["model.layout=runwayml/some"], "model.layout is of single files"),
     ],
 )
 def test_settings_that_the_checkpoint_contradicts(recipe, overrides, message):
@@ -514,6 +519,15 @@ def _stop_after_one(step, clock):
     return stopping
 
 
+def test_temporal_layers_begin_by_the_seed(recipe):
+    weights = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(len(weights))
+        stage = stage_of(recipe, "model.temporal=vdm", f"seed={seed}")
+        weights.append(stage.pipeline.unet.state_dict())
+    assert same(weights[0], weights[1]) and not same(weights[0], weights[2])
+
+
 def test_latent_vdm_starts_as_the_image_model_and_is_saved(recipe, model, tmp_path):
     overrides = ["model.temporal=vdm", "train.steps=2", "train.accumulate=1", "data.batch=1"]
     fresh = stage_of(recipe, *overrides).pipeline.unet.eval()
@@ -644,6 +658,26 @@ def test_half_precision_checkpointing_and_a_source_of_ones_own(recipe):
     assert stage.pipeline.unet.conv_in.weight.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("what", ["all", "lora"])
+def test_half_precision_saves_what_is_not_trained_as_it_was(recipe, model, tmp_path, what):
+    overrides = ["precision=bf16", f"train.what={what}", "train.steps=2", "data.image_every=0"]
+    assert train(recipe, [*overrides, "optimizer.learning_rate=1e-4"], output_dir=tmp_path)
+    source = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
+    saved = LatentShiftPipeline.from_pretrained(tmp_path / "model")
+    for name in ("vae", "text_encoder"):
+        assert same(getattr(saved, name).state_dict(), getattr(source, name).state_dict()), name
+    if what == "lora":
+        before, after = source.unet.state_dict(), saved.unet.state_dict()
+        changed = [name for name in before if not torch.equal(before[name], after[name])]
+        assert changed and all(".to_" in name or ".conv" in name for name in changed)
+        base = LatentShiftPipeline.from_t2i(source)
+        base.load_lora_weights(tmp_path / "lora")
+        base.unet.fuse_lora()
+        base.unet.unload_lora()
+        for name, value in base.unet.state_dict().items():
+            torch.testing.assert_close(after[name], value, rtol=1e-5, atol=1e-7)
+
+
 def test_recomputed_activations_are_a_setting(recipe):
     whole = stage_of(recipe, "train.recompute_activations=true")
     batch = whole.batch(1)
@@ -681,7 +715,48 @@ def test_a_cache_trains_like_the_clips_it_was_made_of(recipe, model, tmp_path):
             stage_of(recipe, *still, wrong)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_cache_of_the_command_is_the_one_that_training_takes(recipe, model, tmp_path, dtype):
+    """In half precision too, as a GPU makes it; images and held-out clips may be caches."""
+    call = ["data", "cache", SHAPES, "-m", str(model), "--size", "16x16", "--dtype", dtype]
+    assert main([*call, "-o", str(tmp_path / "clips"), "--frames", "3"]) == 0
+    assert main([*call, "-o", str(tmp_path / "images"), "--frames", "1"]) == 0
+    stage = stage_of(
+        recipe, "data.start=middle", f"data.clips={tmp_path / 'clips'}",
+        f"data.images={tmp_path / 'images'}", f"validation.held_out={tmp_path / 'clips'}",
+    )  # fmt: skip
+    assert stage.batch(1).latents.shape == (2, 3, 4, 8, 8)
+    assert stage.batch(0).latents.shape == (2, 1, 4, 8, 8)
+    assert stage._held_out_loss() > 0
+    again = main([*call[:-1], "float16", "-o", str(tmp_path / "clips"), "--frames", "3"])
+    assert again == 1  # computed in another dtype
+    (tmp_path / "clips" / "manifest.json").write_text('{"clips": 3, "other": 1}')
+    with pytest.raises(CacheError, match="entries are missing"):
+        stage_of(recipe, "data.start=middle", f"data.clips={tmp_path / 'clips'}")
+
+
+def test_a_cache_of_a_single_file(recipe, model, tmp_path, capsys):
+    path = tmp_path / "one.safetensors"
+    save_single_file(StableDiffusionPipeline.from_pretrained(model, safety_checker=None), path)
+    call = ["data", "cache", SHAPES, "-m", str(path), "--size", "16x16", "--frames", "3", "-o"]
+    assert main([*call, str(tmp_path / "a")]) == 1
+    assert "name a folder of the same layout" in capsys.readouterr().err
+    assert main([*call, str(tmp_path / "a"), "--layout", str(model)]) == 0
+    source = [f"model.source={path}", f"model.layout={model}", f"data.clips={tmp_path / 'a'}"]
+    assert stage_of(recipe, "data.start=middle", *source).batch(1).latents is not None
+
+
 # trouble on the way
+
+
+def test_a_finished_folder_is_said_to_be_so(recipe, finished, capsys):
+    """As it was trained, in "finished"."""
+    held_out = f'validation.held_out="{SHAPES}"'
+    same = ["validation.every=2", held_out, "train.snr_gamma=5.0"]
+    assert train(recipe, same, output_dir=finished)
+    assert "holds this run, finished" in capsys.readouterr().err
+    with pytest.raises(TrainingError, match="of other settings .train.snr_gamma = 0.0, not 5.0"):
+        train(recipe, output_dir=finished)
 
 
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_taken(recipe, tmp_path):
@@ -756,20 +831,85 @@ def test_a_step_without_memory_says_what_would_fit(recipe, monkeypatch):
     plain = ["data.image_every=0", "data.batch=4", "train.accumulate=1"]
     stage = stage_of(recipe, *plain)
     loop = trainer.Loop(stage, trainer.LoopConfig(seed=0, keep=1), stage.ranks)
+
+    def told(loop: trainer.Loop, step: int = 0) -> str:
+        with pytest.raises(trainer.OutOfMemory) as failure:
+            loop.step(step)
+        assert all(parameter.grad is None for parameter in loop.parameters)
+        return str(failure.value.advised(loop.stage))
+
     limit = 1
-    with pytest.raises(TrainingError, match="this fits: data.batch = 1, train.accumulate = 4"):
-        loop.step(0)
-    assert all(parameter.grad is None for parameter in loop.parameters)
-    monkeypatch.setattr(
-        FinetuneStage, "_fits", lambda stage, index, rows, saving, fresh: "recompute" in saving
-    )
-    with pytest.raises(TrainingError, match="this fits: train.recompute_activations = true"):
-        loop.step(0)
-    monkeypatch.undo()
-    monkeypatch.setattr(FinetuneStage, "loss_of", hungry)
+    assert "this fits: data.batch = 1, train.accumulate = 4" in told(loop)
+    with monkeypatch.context() as patch:
+        patch.setattr(FinetuneStage, "_fits", lambda *given: "recompute" in given[-1])
+        assert "this fits: train.recompute_activations = true" in told(loop)
     limit = -1
-    with pytest.raises(TrainingError, match="fewer data.num_frames or pixels"):
+    assert "fewer data.num_frames or pixels" in told(loop)
+
+
+@pytest.mark.parametrize(("clips", "images"), [(4, 2), (2, 4), (4, 4)])
+def test_the_batch_that_failed_is_the_one_to_change(recipe, monkeypatch, clips, images):
+    """A step of three batches, the first of images: whichever does not fit is named, and what is
+    said fits both."""
+    loss_of, tried = FinetuneStage.loss_of, []
+    sizes = [f"data.batch={clips}", f"data.image_batch={images}"]
+    stage = stage_of(recipe, "data.image_every=3", "train.accumulate=3", *sizes)
+    loop = trainer.Loop(stage, trainer.LoopConfig(seed=0, keep=1, accumulate=3), stage.ranks)
+
+    def hungry(stage, batch, generator):
+        single = batch.pixels.shape[1] == 1
+        tried.append((single, len(batch.captions)))
+        # clips need more than images do
+        if len(batch.captions) * (1 if single else 3) > limit:
+            raise torch.OutOfMemoryError("out of memory")
+        return loss_of(stage, batch, generator)
+
+    monkeypatch.setattr(FinetuneStage, "loss_of", hungry)
+    monkeypatch.setattr("latent_shift.training.finetune.recompute_activations", lambda *_: 0)
+    limit = max(images, 3)
+    with pytest.raises(trainer.OutOfMemory) as failure:
         loop.step(0)
+    assert failure.value.batch == 1 and failure.value.whole
+    said = str(failure.value.advised(stage))
+    assert f"this fits: data.batch = 1, train.accumulate = {3 * clips}" in said
+    assert tried[-1] == (True, images)
+    limit = 1
+    with pytest.raises(trainer.OutOfMemory) as failure:
+        loop.step(0)
+    assert failure.value.batch == 0
+    assert "set train.gradient_checkpointing" in str(failure.value.advised(stage))
+
+
+def test_a_step_without_memory_loses_nothing(recipe, tmp_path, monkeypatch):
+    loss_of = FinetuneStage.loss_of
+
+    def hungry(stage, batch, generator):
+        steps.append(len(batch.captions))
+        if len(steps) > 5:
+            raise torch.OutOfMemoryError("out of memory")
+        return loss_of(stage, batch, generator)
+
+    steps: list[int] = []
+    rare = ["checkpoints.every=0", "data.image_every=0"]
+    with monkeypatch.context() as patch:
+        patch.setattr(FinetuneStage, "loss_of", hungry)
+        with pytest.raises(TrainingError, match="step 2 ran out of memory"):
+            train(recipe, rare, output_dir=tmp_path / "a")
+    assert newest(tmp_path / "a")[0] == 2
+    assert train(recipe, rare, output_dir=tmp_path / "a")
+    assert train(recipe, rare, output_dir=tmp_path / "b")
+    assert same(newest(tmp_path / "a")[1]["modules"], newest(tmp_path / "b")[1]["modules"])
+
+
+def test_a_full_disk_costs_the_log_and_not_the_run(recipe, tmp_path, capsys):
+    (tmp_path / "finetune").mkdir()
+    (tmp_path / "finetune" / "log.jsonl").symlink_to("/dev/full")
+    (tmp_path / "validation").write_text("in the way of validation clips")
+    assert train(recipe, ["train.steps=2"], output_dir=tmp_path)
+    told = capsys.readouterr().err
+    assert "WARNING: the log could not be written ([Errno 28]" in told
+    assert "WARNING: a validation clip could not be written" in told
+    assert newest(tmp_path)[0] == 2
 
 
 def test_weights_that_are_not_finite_are_not_saved(recipe, tmp_path, monkeypatch):
