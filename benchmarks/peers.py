@@ -6,6 +6,7 @@ sglang  Triton, NCHW, forward only (github.com/sgl-project/sglang, jit_kernel/di
 None of them has a shift in it, and none is held to one.
 """
 
+import torch
 from bench_shift import EPS, NUM_GROUPS, Case, Provider, composed, no_shift, unshifted
 
 PROVIDERS = {}
@@ -37,6 +38,7 @@ except ImportError:
 try:
     from sglang.jit_kernel.diffusion.triton import group_norm_silu as sglang
 
+    @torch.no_grad()  # else it is PyTorch's own
     def sglang_norm(x, weight, bias):
         return sglang.triton_group_norm_silu(x, weight, bias, NUM_GROUPS, EPS)
 

@@ -80,19 +80,23 @@ def captured(rotation: Sequence[Call], count: int, *, keep: bool) -> Call:
     must have run before.
 
     Args:
-        keep: Gives every call memory of its own for its results; otherwise they may share it.
+        keep: Gives every call memory of its own for its results; otherwise all but the last may
+            share it.
+
+    Returns:
+        A call that replays the graph and returns the results of its last call.
     """
     graph, kept = torch.cuda.CUDAGraph(), []
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         for turn in range(count):
-            if keep:
-                kept.append(rotation[turn % len(rotation)]())
-            else:
-                rotation[turn % len(rotation)]()
+            result = rotation[turn % len(rotation)]()
+            if keep or turn == count - 1:
+                kept.append(result)
+            del result
 
-    def replay() -> list[Any]:
+    def replay() -> Any:
         graph.replay()
-        return kept
+        return kept[-1]
 
     return replay
 

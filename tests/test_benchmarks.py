@@ -101,6 +101,7 @@ def test_peers_that_are_installed_are_timed(bench, monkeypatch, tmp_path):
         return F.silu(F.group_norm(x, groups, weight, bias, eps))
 
     def sglang(x, weight, bias, groups, eps):
+        assert not torch.is_grad_enabled()
         return stand_in(x, groups, weight, bias, eps)
 
     apex = {f"cuda_group_norm_nhwc_{n}_pass": stand_in for n in ("one", "two")}
@@ -148,8 +149,8 @@ def test_a_graph_holds_every_set_of_buffers(bench, monkeypatch):
     rotation = [lambda i=i: seen.append(i) or i for i in range(3)]
     replay = timing.captured(rotation, 6, keep=True)
     assert seen == [0, 1, 2, 0, 1, 2]
-    assert replay() == [0, 1, 2, 0, 1, 2] and seen[-1] == "replay"
-    assert timing.captured(rotation, 3, keep=False)() == []
+    assert replay() == 2 and seen[-1] == "replay"
+    assert timing.captured(rotation, 2, keep=False)() == 1
     cpu = torch.device("cpu")
     slow = {"one": [lambda: timing.time.sleep(0.004)]}
     whole = timing.interleave(slow, cpu, warm=False, seconds=0)["one"]

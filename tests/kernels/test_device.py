@@ -72,6 +72,15 @@ def test_a_captured_graph_follows_changed_inputs(arguments):
             assert torch.equal(got, expected)
 
 
+def test_a_captured_backward_follows_changed_inputs(arguments):
+    graph, captured = capture(partial(gradients, *arguments))
+    for argument in arguments:
+        argument.copy_(torch.randn_like(argument))
+    graph.replay()
+    for got, expected in zip(captured, gradients(*arguments), strict=True):
+        assert torch.equal(got, expected)
+
+
 CONVOLUTIONS = {
     **conv.CASES,
     # more than the host executor has time for
@@ -88,6 +97,13 @@ CONVOLUTIONS = {
         sums=True,
         filter_last=True,
     ),
+    # what the planning takes each of its tiles for, on all that an H200 has
+    **{
+        f"tile-{out}": conv.Case(
+            lengths=(16,), size=(32, 32), channels=64, out=out, out_offsets=(-1, 0, 1), sums=True
+        )
+        for out in (64, 80, 128, 160, 320)
+    },
 }
 
 
@@ -134,12 +150,15 @@ def test_a_captured_convolution_follows_changed_inputs():
 
 
 # What the sanitizers see: every way of launching the norm, in small.
-VARIANTS = ("one launch", "cluster", "split")
+VARIANTS = ("one launch", "cluster", "split", "odd")
 SMALL = ((200, 40, 4, 4, 5), (2, 40, 16, 16, 5), (1, 40, 256, 256, 1))
+ODD = (3, 37, 5, 7, 1)  # channels and pixels of which no vector is whole
 
 
 def smallest(variant: str, dtype: torch.dtype, channels_last: bool, backward: bool) -> tuple:
     """Frames, channels, height, width and groups that this device's plan serves in that way."""
+    if variant == "odd":
+        return ODD
     device = cost.Device.of(torch.device("cuda"))
     for *shape, groups in SMALL:
         work = Work(cost.NORM, tuple(shape), dtype, channels_last, groups)
@@ -161,7 +180,8 @@ def test_sanitized_norm(variant, layout, dtype, backward):
         torch.randn(shape, device="cuda", dtype=dtype).contiguous(memory_format=layout)
         for _ in range(3)
     )
-    tables = [torch.randn(*n, channels, device="cuda") for n in ((1,), (), (), (frames,), (1,))]
+    rows = ((1,), (), (), (frames,), (1,))
+    tables = [torch.randn(*n, channels, device="cuda") for n in rows]
     shift = (None, frames, spec.sizes, spec.offsets(frames), False, "zeros")
     ops = torch.ops.latent_shift
     y, total, mean, rstd = ops.shift_add_group_norm_silu(x, residual, *tables, groups, 1e-5, *shift)
@@ -186,7 +206,7 @@ def test_sanitized_shift(channels, layout, dtype):
     assert torch.isfinite(ops.temporal_shift_backward(total, *shift)).all()
 
 
-@pytest.mark.parametrize("name", ["everything", "site"])
+@pytest.mark.parametrize("name", ["everything", *(n for n in CONVOLUTIONS if "tile-" in n)])
 def test_sanitized_convolution(name):
     case = CONVOLUTIONS[name]
     got = convolve(case, conv.problem(case))
@@ -271,6 +291,45 @@ def test_more_than_two_to_the_31_elements(layout):
     )[0]  # fmt: skip
     kept = slice(spec.prev, spec.prev + spec.keep)
     torch.testing.assert_close(z[-1:, kept].float(), last[:, kept], rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_more_than_two_to_the_31_elements_backward_and_added(layout):
+    """The last frame of what does not move, against PyTorch on that frame alone."""
+    side, channels, frames = 336, 1280, 16
+    x = torch.randn(channels, side, side, device="cuda", dtype=torch.bfloat16)
+    x = x.expand(frames, -1, -1, -1).contiguous(memory_format=layout)
+    shift = (None, frames, [0, channels, 0], [-1, 0, 1], "zeros")
+    ops = torch.ops.latent_shift
+    total = ops.shift_add(x, x, 0.5, *shift)
+    assert torch.equal(total[-1], x[-1]) and torch.equal(total[0], x[0])
+    del total
+    none = (None,) * 5
+    *clip, boundary = shift
+    _, _, mean, rstd = ops.shift_add_group_norm_silu(
+        x, None, *none, 32, 1e-5, *clip, False, boundary
+    )
+    dx, *_ = ops.shift_add_group_norm_silu_backward(
+        x, None, x, False, *none, mean, rstd, 32, *clip, False, boundary
+    )
+    last = x[-1:].float().requires_grad_()
+    y = torch.nn.functional.silu(torch.nn.functional.group_norm(last, 32))
+    (expected,) = torch.autograd.grad(y, last, x[-1:].float())
+    torch.testing.assert_close(dx[-1:].float(), expected, rtol=2e-2, atol=2e-2)
+
+
+def test_a_convolution_of_more_than_two_to_the_31_elements():
+    side, channels, out = 336, 1280, 64
+    x = torch.randn(channels, side, side, device="cuda", dtype=torch.bfloat16)
+    x = x.expand(16, -1, -1, -1).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(out, channels, 3, 3, device="cuda", dtype=torch.bfloat16) / 107
+    still = ([0, channels, 0], [0, 0, 0], False, [0, out, 0], [0, 0, 0], "zeros")
+    y, *_ = torch.ops.latent_shift.shift_group_norm_silu_conv2d_fused(
+        x, *(None,) * 6, 32, 1e-5, weight, None, None, None, 1.0, None, 16, *still, False
+    )
+    a = torch.nn.functional.silu(torch.nn.functional.group_norm(x[-1:].float(), 32)).bfloat16()
+    expected = torch.nn.functional.conv2d(a.float(), weight.float(), padding=1)
+    torch.testing.assert_close(y[-1:].float(), expected, rtol=2e-2, atol=3e-2)
 
 
 def test_a_view_at_any_offset():
