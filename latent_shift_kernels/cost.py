@@ -10,6 +10,7 @@ otherwise; of a second read L2 may serve part.
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -108,6 +109,7 @@ class Cost:
     blocks: int = 0
     threads: int = 0
     shared: int = 0  # bytes a block
+    refused: tuple[str, ...] = ()  # faster ways to launch it, and why they are not taken
 
     def __str__(self) -> str:
         """Bytes and launches, as ``explain`` says them."""
@@ -296,7 +298,7 @@ def _norm(work: Work, device: Device) -> Cost | None:
         traffic += 2 * plan.workspace * SUM + 2 * statistics
     return Cost(
         plan.variant, 3 if plan.split else 1, traffic, floor.flops, floor.special,
-        plan.blocks, plan.threads, plan.shared,
+        plan.blocks, plan.threads, plan.shared, _refused(work, device, plan, 1),
     )  # fmt: skip
 
 
@@ -312,8 +314,38 @@ def _norm_backward(work: Work, device: Device) -> Cost | None:
         traffic += 2 * work.elements * work.dtype.itemsize
     return Cost(
         plan.variant, 4 if plan.split else 2, traffic, floor.flops, floor.special,
-        plan.blocks, plan.threads, plan.shared,
+        plan.blocks, plan.threads, plan.shared, _refused(work, device, plan, 2),
     )  # fmt: skip
+
+
+def _refused(work: Work, device: Device, plan: NormPlan, tensors: int) -> tuple[str, ...]:
+    """Why a norm of so many resident tensors is not launched in a faster way."""
+    frames, channels, height, width = work.shape
+    item, may = work.dtype.itemsize, device.shared_per_block
+    width_bytes = channels // work.num_groups * item
+    # groups whose channels are whole vectors together
+    groups = plan.vector * item // math.gcd(width_bytes, plan.vector * item)
+    groups = groups if work.channels_last else 1
+    slab = groups * width_bytes * height * width * tensors
+    slower = f"slower by the plan's count for {frames} frames on {device.num_sms} multiprocessors"
+    found = []
+    if plan.variant != "one launch":
+        holds = f"{groups} of the groups of a frame are {slab} bytes, and a block holds {may}"
+        found.append(f"one block a slab: {holds if slab >= may else slower}")
+    if plan.split and device.arch < 90:
+        found.append(f"a cluster: sm_{device.arch} has none")
+    elif plan.split:
+        holds = f"{slab} bytes are more than eight blocks of {may}"
+        found.append(f"a cluster: {holds if slab >= 8 * may else slower}")
+    if plan.vector == 1:
+        unit = channels if work.channels_last else height * width
+        found.append(
+            f"16 bytes an access: {unit} {'channels' if work.channels_last else 'pixels'} are no "
+            "whole number of them"
+            if unit * item % 16
+            else "16 bytes an access: a tensor does not begin at a multiple of 16 bytes"
+        )
+    return tuple(found)
 
 
 def _halo_pixels(length: int) -> int:
@@ -336,7 +368,10 @@ def _conv2d(work: Work, device: Device) -> Cost | None:
     traffic = floor.bytes + halos + sums + packed
     # every block of columns activates the halo for itself
     special = 2 * halo * plan.cta_columns
+    refused = ("wgmma: the library holds no code for sm_90a",) * (
+        device.arch == 90 and not device.wgmma
+    )
     return Cost(
         f"{'wgmma' if plan.arch == 90 else 'mma'}, {plan.columns} channels a block", 4, traffic,
-        floor.flops, special, plan.ctas * plan.cta_columns, plan.threads, plan.shared,
+        floor.flops, special, plan.ctas * plan.cta_columns, plan.threads, plan.shared, refused,
     )  # fmt: skip

@@ -188,8 +188,8 @@ def explain(
         num_groups: Of the norm; the launch of a CUDA kernel depends on it.
 
     Returns:
-        One line for the kernel that serves, one for the bytes it moves, one per faster kernel
-        refused, one per hidden cost.
+        One line for the kernel that serves, one for the bytes it moves, one per faster launch of it
+        and per faster kernel that was refused, one per hidden cost.
 
     Raises:
         ValueError: If there is no such operator or no tensor.
@@ -211,7 +211,8 @@ def explain(
     by = f", {decision.by}" if decision.by else ""
     lines = [f"{op} on {x.device.type} {dtype} {shape}: {title(decision.kernel, kernels)}{by}"]
     if x.dim() == 4 and x.dtype in _DTYPES and x.numel():
-        lines.append(f"  {_cost(call, decision.kernel, num_groups, tensors)}")
+        found = _cost(call, decision.kernel, num_groups, tensors)
+        lines += [f"  {found}", *(f"  not {reason}" for reason in found.refused)]
     lines += [f"  not {_TITLES[kernel]}: {reason}" for kernel, reason in decision.refused]
     if decision.kernel != "reference" and x.dtype not in _DTYPES:
         lines.append(

@@ -177,6 +177,39 @@ def test_elementwise_kernels_are_launched_as_explained(host, dtype, size, offset
     assert found.variant.endswith(f" {16 if whole else dtype.itemsize} bytes an access")
 
 
+@pytest.mark.parametrize(
+    ("shape", "dtype", "device", "refused"),
+    [
+        ((32, 320, 32, 32), torch.bfloat16, H200, []),
+        (
+            (32, 320, 64, 64),
+            torch.bfloat16,
+            H200,
+            ["one block a slab: 4 of the groups of a frame are 327680 bytes"],
+        ),
+        (
+            (4, 64, 512, 512),
+            torch.float32,
+            DEVICES["a100"],
+            ["one block a slab: 2 of the groups", "a cluster: sm_80 has none"],
+        ),
+        (
+            (4, 64, 512, 512),
+            torch.float32,
+            H200,
+            ["one block a slab: 2 of the groups", "a cluster: 4194304 bytes are more than eight"],
+        ),
+        ((200, 37 * 32, 5, 7), torch.bfloat16, H200, []),
+    ],
+)
+def test_faster_launches_are_refused_with_a_reason(shape, dtype, device, refused):
+    found = cost.cuda(Work(cost.NORM, shape, dtype), device).refused
+    assert len(found) == len(refused)
+    assert all(said.startswith(begin) for said, begin in zip(found, refused, strict=True)), found
+    crooked = cost.cuda(Work(cost.NORM, shape, dtype, aligned=False), device).refused
+    assert crooked[-1].startswith("16 bytes an access: a tensor does not begin")
+
+
 def test_refused_calls_have_no_plan():
     assert cost.plan_conv(Work(cost.CONV2D, (2, 12, 4, 4)), H200) is None
     assert cost.plan_conv(Work(cost.CONV2D, (2, 16, 4, 4), torch.float32), H200) is None
