@@ -346,7 +346,7 @@ def draw(op: Op, site: Site, device: torch.device) -> tuple[dict[str, Tensor], T
     return inputs, tuple(normal(*site.shape) for _ in range(outputs))
 
 
-@lru_cache(maxsize=2)  # the operator, and the part of it that some compute
+@lru_cache(maxsize=3)  # the operator, the part of it that some compute, that of peers
 def truth(
     op: Op, site: Site, device: torch.device, of: Callable[[Op, Shift, ShiftSpec], Function]
 ) -> dict[str, Tensors]:
