@@ -265,47 +265,48 @@ def tables(found: dict[str, list[dict[str, Any]]], arms: Sequence[Arm] = ARMS) -
 
 
 def curves(root: Path, path: Path, arms: Sequence[Arm] = ARMS) -> None:
-    """Draws the training loss of every arm over its steps, and how many of its clips move the right
-    way (mean and range of the seeds)."""
+    """Draws over the steps how much less every arm's loss on clips is than the first arm's on the
+    same ones, and how many of its clips move the right way: means and ranges of the seeds."""
     from matplotlib import pyplot  # needed for nothing else
 
     scores = _scores(root)
+    images = _read(root / "recipe.json").get("video", {}).get("image_every", 0)
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4))
     for number, arm in enumerate(arms):
-        colour, at = f"C{number}", dict[int, list[float]]()
+        less: dict[int, list[float]] = {}
+        told: dict[int, list[float]] = {}
         for folder in sorted(root.glob(f"video-{arm.name}-[0-9]*")):
-            lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-            steps, losses = [], []
-            running = None
-            for line in lines:
-                running = line["loss"] if running is None else 0.98 * running + 0.02 * line["loss"]
-                steps.append(line["step"])
-                losses.append(running)
-            left.plot(steps, losses, color=colour, linewidth=0.8)
+            seed = folder.name.rpartition("-")[2]
+            mine, first = _losses(folder), _losses(root / f"video-{arms[0].name}-{seed}")
+            running = 0.0
+            for step in sorted(mine.keys() & first.keys()):
+                if images and step % images == 0:
+                    continue
+                running = 0.97 * running + 0.03 * (first[step] - mine[step])
+                less.setdefault(step, []).append(running)
             for entry in scores.get(folder.name, []):
-                at.setdefault(entry["step"], []).append(entry["scores"].get("direction", math.nan))
-        steps = sorted(at)
-        right.plot(
-            steps,
-            [statistics.fmean(at[step]) for step in steps],
-            color=colour,
-            label=arm.title,
-            marker=".",
-        )
-        right.fill_between(
-            steps,
-            [min(at[step]) for step in steps],
-            [max(at[step]) for step in steps],
-            color=colour,
-            alpha=0.15,
-            linewidth=0,
-        )
-    left.set(xlabel="step", ylabel="loss, moving average", yscale="log")
+                told.setdefault(entry["step"], []).append(
+                    entry["scores"].get("direction", math.nan)
+                )
+        for axes, values, marker in ((left, less, ""), (right, told, ".")):
+            steps, columns = sorted(values), [values[step] for step in sorted(values)]
+            means = [statistics.fmean(column) for column in columns]
+            low, high = [min(column) for column in columns], [max(column) for column in columns]
+            axes.plot(steps, means, color=f"C{number}", label=arm.title, marker=marker)
+            axes.fill_between(steps, low, high, color=f"C{number}", alpha=0.15, linewidth=0)
+    left.set(xlabel="step", ylabel="loss of the first arm less own, moving average")
     right.set(xlabel="step", ylabel="direction right", ylim=(0, 1))
     right.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def _losses(folder: Path) -> dict[int, float]:
+    """Step -> loss, of what a stage has logged."""
+    log = folder / "log.jsonl"
+    lines = map(json.loads, log.read_text().splitlines()) if log.exists() else ()
+    return {line["step"]: line["loss"] for line in lines}
 
 
 def clips(
