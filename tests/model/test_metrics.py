@@ -254,6 +254,11 @@ def test_real_features_are_cached_with_their_protocol(tmp_path, monkeypatch):
         measure("fvd[shapes]", made, shapes(4, frames=4), **call)
     with pytest.raises(EvaluationError, match=r"set.num_frames 4, wanted 8"):
         measure("fvd[shapes]", made, shapes(5, frames=8), **call)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))  # one bit of one number
+    with pytest.raises(EvaluationError, match="damaged, delete it: its hash"):
+        measure("fvd[shapes]", made, shapes(5, frames=4), **call)
+    path.write_bytes(whole)
     monkeypatch.setattr(measuring, "version", lambda library: "0")
     with pytest.raises(EvaluationError, match=r"versions.torch \S+, wanted 0"):
         measure("fvd[shapes]", made, shapes(5, frames=4), **call)

@@ -111,6 +111,15 @@ def test_a_text_encoder_that_is_there_is_taken_as_it_is(finished, recipe, tmp_pa
         train(recipe, ["text.init_from=embedded"], output_dir=tmp_path, stages=["image"])
 
 
+def test_scores_of_a_run_that_had_come_further_are_replaced(tmp_path):
+    results = trainer.Results(tmp_path / "scores.json")
+    for step, score in ((0, 1), (2, 2), (4, 3), (2, 4)):
+        results.record("video", {"step": step, "score": score})
+    results.record("image", {"step": 2, "score": 5})
+    kept = [(entry["step"], entry["score"]) for entry in results.read()["video"]]
+    assert kept == [(0, 1), (2, 4)] and len(results.read()["image"]) == 1
+
+
 def test_overrides_and_their_types(recipe):
     loaded = load_recipe(
         recipe, ["video.temporal=none", "image.steps=7", "data.clips=3", "gates.video=1"]
