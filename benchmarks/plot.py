@@ -22,7 +22,7 @@ _OTHERS = ("#b08968", "#7f5539", "#a98467", "#e6ccb2")  # parts of an operator, 
 _LOSS = "#c1121f"
 
 
-def draw_speedups(rows: list[dict[str, Any]], where: dict[str, Any], path: Path) -> list[Path]:
+def draw_speedups(rows: list[dict[str, Any]], where: dict[str, Any], path: Path) -> None:
     """Draws one panel per operator, pass and layout; bars left of 1 are losses, in red.
 
     Args:
@@ -30,20 +30,17 @@ def draw_speedups(rows: list[dict[str, Any]], where: dict[str, Any], path: Path)
         where: The environment they were measured in.
         path: The PNG to write; of several dtypes, caches or launches one each, named after it.
 
-    Returns:
-        What was written.
+    Raises:
+        ValueError: No provider was timed beside roll.
     """
     rows = [row for row in rows if row["speedup_vs_roll"] is not None and row["provider"] != "roll"]
     if not rows:
         raise ValueError("nothing to draw: no provider was timed beside roll")
     path.parent.mkdir(parents=True, exist_ok=True)
     kinds = _unique(map(_kind, rows))
-    written = []
     for kind in kinds:
         name = path if len(kinds) == 1 else path.with_stem("_".join((path.stem, *kind)))
         _draw([row for row in rows if _kind(row) == kind], kind, where, name)
-        written.append(name)
-    return written
 
 
 def _kind(row: dict[str, Any]) -> tuple[str, ...]:

@@ -21,7 +21,8 @@ from . import backends
 
 SUM = 4  # bytes of a sum or a statistic
 SPECIAL_PER_CLOCK = 16  # exponentials and reciprocals, per multiprocessor
-_TILE, _BORDER = 8, 1  # pixels: a side of the convolution's tiles, what they read around it
+# Pixels: a side of the convolution's tiles, kTile there, and what they read around it.
+_TILE, _BORDER = 8, 1
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NORM = "shift_add_group_norm_silu"
 CONV2D = "shift_group_norm_silu_conv2d"
@@ -163,7 +164,7 @@ def cuda(work: Work, device: Device) -> Cost | None:
     (vector, blocks, threads), floor = plan, least(work)
     return Cost(
         f"one launch, {vector * work.dtype.itemsize} bytes an access", 1, floor.bytes, floor.flops,
-        0, blocks, threads,
+        0, blocks, threads, refused=_crooked(work, vector, f"a frame's {shape[1]} elements"),
     )  # fmt: skip
 
 
@@ -337,15 +338,20 @@ def _refused(work: Work, device: Device, plan: NormPlan, tensors: int) -> tuple[
     elif plan.split:
         holds = f"{slab} bytes are more than eight blocks of {may}"
         found.append(f"a cluster: {holds if slab >= 8 * may else slower}")
-    if plan.vector == 1:
-        unit = channels if work.channels_last else height * width
-        found.append(
-            f"16 bytes an access: {unit} {'channels' if work.channels_last else 'pixels'} are no "
-            "whole number of them"
-            if unit * item % 16
-            else "16 bytes an access: a tensor does not begin at a multiple of 16 bytes"
-        )
-    return tuple(found)
+    row = f"{channels} channels" if work.channels_last else f"{height * width} pixels"
+    return *found, *_crooked(work, plan.vector, row)
+
+
+_START = "a tensor does not begin at a multiple of 16 bytes"
+
+
+def _crooked(work: Work, vector: int, row: str) -> tuple[str, ...]:
+    """Why a kernel accesses so few elements at once, whose rows are of so many."""
+    if vector > 1:
+        return ()
+    return (
+        f"16 bytes an access: {f'{row} are no whole number of them' if work.aligned else _START}",
+    )
 
 
 def _halo_pixels(length: int) -> int:
@@ -368,10 +374,13 @@ def _conv2d(work: Work, device: Device) -> Cost | None:
     traffic = floor.bytes + halos + sums + packed
     # every block of columns activates the halo for itself
     special = 2 * halo * plan.cta_columns
-    refused = ("wgmma: the library holds no code for sm_90a",) * (
-        device.arch == 90 and not device.wgmma
-    )
+    refused = []
+    if device.arch == 90 and not device.wgmma:
+        refused.append("wgmma: the library holds no code for sm_90a")
+    if not work.aligned:
+        refused.append(f"without a copy: {_START}")
     return Cost(
         f"{'wgmma' if plan.arch == 90 else 'mma'}, {plan.columns} channels a block", 4, traffic,
-        floor.flops, special, plan.ctas * plan.cta_columns, plan.threads, plan.shared, refused,
+        floor.flops, special, plan.ctas * plan.cta_columns, plan.threads, plan.shared,
+        tuple(refused),
     )  # fmt: skip

@@ -218,11 +218,8 @@ def explain(
         lines.append(
             f"  but {dtype} is refused: the kernels take float32, bfloat16, float16 and float64"
         )
-    if decision.kernel == "cuda":
-        if torch.cuda.get_device_capability(x.device) < (8, 0):
-            lines.append("  but it is refused here: CUDA C++ takes sm_80 and later")
-        if not _aligned(tensors):
-            lines.append("  element by element: a tensor does not begin at a multiple of 16 bytes")
+    if decision.kernel == "cuda" and torch.cuda.get_device_capability(x.device) < (8, 0):
+        lines.append("  but it is refused here: CUDA C++ takes sm_80 and later")
     for tensor in tensors:
         if decision.kernel != "reference" and tensor.dim() == 4 and not _dense_like(tensor, x):
             lines.append(

@@ -39,8 +39,7 @@ inline int flat_vector(int64_t frame_size, int size, bool aligned) {
 }
 
 inline int64_t flat_tiles(int64_t frame_size, int vector) {
-  return (frame_size + kFlatThreads * kFlatVectors * vector - 1) /
-         (kFlatThreads * kFlatVectors * vector);
+  return ceil_div<int64_t>(frame_size, kFlatThreads * kFlatVectors * vector);
 }
 
 template <class Int>

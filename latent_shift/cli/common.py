@@ -150,15 +150,16 @@ def place_of(device: str) -> torch.device:
     return place
 
 
-def load(model: str, device: str, dtype: str) -> LatentShiftPipeline:
+def dtype_of(dtype: str, device: str) -> str:
+    """One of `DTYPES`; ``"auto"`` is by the device."""
     if dtype != "auto":
-        dtype = choice(dtype, ("auto", *DTYPES), "--dtype")
-    place = place_of(device)
+        return choice(dtype, ("auto", *DTYPES), "--dtype")
+    return "float32" if place_of(device).type == "cpu" else "float16"
+
+
+def load(model: str, device: str, dtype: str) -> LatentShiftPipeline:
+    dtype, place = dtype_of(dtype, device), place_of(device)
     import torch
-
-    if dtype == "auto":
-        dtype = "float32" if place.type == "cpu" else "float16"
-
     import transformers.utils.logging
 
     # before diffusers, whose import makes transformers warn of packages that nothing here needs

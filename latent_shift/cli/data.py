@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .common import (
-    DTYPES,
     SPLITS,
     CommandError,
     Device,
@@ -21,6 +20,7 @@ from .common import (
     checked,
     choice,
     console,
+    dtype_of,
     load,
     many,
     note,
@@ -186,12 +186,7 @@ def cache(
 
     if device == "auto" and torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    if dtype != "auto":
-        dtype = choice(dtype, ("auto", *DTYPES), "--dtype")
-    elif place_of(device).type == "cpu":
-        dtype = "float32"
-    else:
-        dtype = "float16"
+    dtype = dtype_of(dtype, device)
     if layout or revision or variant or Path(model).is_file():
         pipe = _as_training_loads(model, layout, revision, variant).to(place_of(device))
     else:
@@ -258,7 +253,7 @@ def _as_training_loads(model: str, layout: str, revision: str, variant: str) -> 
         )
     except TrainingError as error:
         raise CommandError(str(error)) from error
-    except Exception as error:  # as in `load`
+    except Exception as error:  # a damaged folder fails in any of a dozen libraries
         raise CommandError(f"cannot load the model {model!r}: {why(error)}") from error
 
 

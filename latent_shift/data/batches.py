@@ -100,7 +100,7 @@ class Batches:
         """This rank's rows of `step`.
 
         Raises:
-            RuntimeError: nothing at all in the source can be read.
+            NoClipsError: nothing at all in the source can be read.
         """
         if step < 0:
             raise IndexError(f"step must be >= 0, got {step}")
