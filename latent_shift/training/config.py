@@ -393,6 +393,26 @@ def to_dict(recipe: Any) -> dict[str, Any]:
     return dataclasses.asdict(recipe)
 
 
+def flat(values: dict[str, Any], where: str = "") -> dict[str, Any]:
+    """Nested dicts as one of dotted keys, with lists for tuples, as JSON reads them back."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{where}{key}.")
+        else:
+            found[where + key] = list(value) if isinstance(value, tuple) else value
+    return found
+
+
+def differences(now: dict[str, Any], before: dict[str, Any]) -> list[str]:
+    """How the settings of `now`, as from `flat`, differ from those of `before`."""
+    return [
+        f"{key} = {value!r}, not {before.get(key)!r}"
+        for key, value in now.items()
+        if before.get(key) != value
+    ]
+
+
 def recipe_names() -> list[str]:
     """Returns the names of the recipes that come with the package."""
     folder = resources.files("latent_shift.training") / "recipes"

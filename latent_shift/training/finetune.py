@@ -29,7 +29,7 @@ from latent_shift.data.clips import Batch, Batches, ClipFormat, ClipSource, fing
 from latent_shift.data.encode import encode_frames, encode_text
 from latent_shift.pipeline import LatentShiftPipeline, LatentShiftPipelineOutput
 from latent_shift.temporal import LatentVDMUNet, insert_temporal_layers
-from latent_shift.training.config import to_dict
+from latent_shift.training.config import differences, flat, to_dict
 from latent_shift.training.finetune_config import ClipsConfig, Finetune, ModelConfig, TrainConfig
 from latent_shift.training.measuring import Stopwatch
 from latent_shift.training.trainer import (
@@ -712,7 +712,7 @@ def run(
         (root / "recipe.json").write_text(json.dumps(to_dict(config), indent=2))
     ranks.wait()
     stage = FinetuneStage(config, ranks, root, pipeline=pipeline, clips=clips, images=images)
-    about = {key: value for key, value in _flat(to_dict(config)).items() if not _is_free(key)}
+    about = _fixed(config)
     about["the number of ranks"] = ranks.world
     about["what data.clips holds"] = fingerprint(stage.source) if ranks.first else ""
     loop = LoopConfig(
@@ -746,14 +746,9 @@ def run(
 
 def _refuse_another(config: Finetune, root: Path) -> None:
     """Raises `TrainingError` where the finished run in a folder is not this one."""
-    found = _flat(json.loads((root / "recipe.json").read_text()))
-    now = _flat(json.loads(json.dumps(to_dict(config))))
-    changed = [
-        f"{key} = {value!r}, not {found.get(key)!r}"
-        for key, value in now.items()
-        if not _is_free(key) and key != "train.steps" and found.get(key) != value
-    ]
-    if changed:
+    found = flat(json.loads((root / "recipe.json").read_text()))
+    now = {key: value for key, value in _fixed(config).items() if key != "train.steps"}
+    if changed := differences(now, found):
         raise TrainingError(
             f"{root} holds a finished run of other settings ({'; '.join(changed)}): take another "
             "output folder"
@@ -805,15 +800,7 @@ def _trained(module: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
-def _flat(values: dict[str, Any], where: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{where}{key}.")
-        else:
-            flat[where + key] = list(value) if isinstance(value, tuple) else value
-    return flat
-
-
-def _is_free(key: str) -> bool:
-    return key.split(".")[0] in _FREE
+def _fixed(config: Finetune) -> dict[str, Any]:
+    """The settings, all but those that do not change what a step computes."""
+    settings = flat(to_dict(config))
+    return {key: value for key, value in settings.items() if key.split(".")[0] not in _FREE}

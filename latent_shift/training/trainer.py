@@ -45,7 +45,14 @@ from latent_shift.training.checkpoints import (
     save_checkpoint,
     set_newest_aside,
 )
-from latent_shift.training.config import OptimizerConfig, Recipe, load_recipe, to_dict
+from latent_shift.training.config import (
+    OptimizerConfig,
+    Recipe,
+    differences,
+    flat,
+    load_recipe,
+    to_dict,
+)
 from latent_shift.training.finetune_config import Finetune
 from latent_shift.training.measuring import Stopwatch
 
@@ -746,32 +753,69 @@ def _train_stages(
     ranks = workspace.ranks
     if ranks.sharded:
         raise TrainingError("the stages of this recipe are small and do not shard: leave FSDP out")
-    if ranks.first:
-        (root / "recipe.json").write_text(json.dumps(to_dict(settings), indent=2))
     results = Results(root / "scores.json")
     try:
         with _signals(clock):
             for name, build in STAGES.items():
                 directory = root / workspace.directory_of(name)
-                if (stages is not None and name not in stages) or (directory / "done").exists():
+                done, about = directory / "done", settings_of(settings, name)
+                if done.exists():
+                    _refuse_another(directory, about)
+                    continue
+                if stages is not None and name not in stages:
                     continue
                 if name == "text" and settings.text.init_from:
                     continue  # the stages after it take it
                 directory.mkdir(parents=True, exist_ok=True)
+                if ranks.first:
+                    (root / "recipe.json").write_text(json.dumps(to_dict(settings), indent=2))
                 torch.manual_seed(derive_seed(settings.seed, name, "initial weights"))
                 stage = build(workspace)
                 config = LoopConfig(
-                    seed=stage.seed, keep=settings.keep, evaluate_every=settings.evaluate_every
+                    seed=stage.seed,
+                    keep=settings.keep,
+                    evaluate_every=settings.evaluate_every,
+                    about=about,
                 )
                 run_stage(stage, config, directory, clock, results, ranks, resume_from)
                 resume_from = "latest"
                 if ranks.first:
                     if directory.name == "video-shift":
                         export(load_run(root, directory.name, settings), root / "model")
-                    (directory / "done").touch()
+                    done.write_text(json.dumps(about, indent=1))
                 ranks.wait()
     except Interrupted as stop:
         if ranks.first:
             tqdm.write(f"{stop}; run the same command again to go on")
         return False
     return True
+
+
+_DEPENDS_ON = {
+    "autoencoder": ("seed", "precision", "data.size", "data.num_frames", "autoencoder"),
+    "text": ("data", "text"),
+    "image": ("unet", "schedule", "image"),
+    "video": ("video",),
+}
+
+
+def settings_of(recipe: Recipe, stage: str) -> dict[str, Any]:
+    """The settings, by dotted key, that the weights of a stage depend on: its own, and those of the
+    stages before it."""
+    stages = list(_DEPENDS_ON)
+    names = [name for own in stages[: stages.index(stage) + 1] for name in _DEPENDS_ON[own]]
+    return {
+        key: value
+        for key, value in flat(to_dict(recipe)).items()
+        if any(key == name or key.startswith(f"{name}.") for name in names)
+    }
+
+
+def _refuse_another(directory: Path, about: dict[str, Any]) -> None:
+    """Raises `TrainingError` where the finished stage in a folder is not of these settings."""
+    told = (directory / "done").read_text()
+    if told and (changed := differences(about, json.loads(told))):
+        raise TrainingError(
+            f"{directory} holds a finished stage of other settings ({'; '.join(changed)}): take "
+            "another output folder, or remove those of this stage and the ones after it"
+        )

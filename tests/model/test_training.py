@@ -206,6 +206,22 @@ def test_a_finished_run_is_not_run_again(recipe, finished):
     assert (finished / "scores.json").stat().st_mtime_ns == before
 
 
+def test_a_finished_stage_of_other_settings_is_refused(recipe, finished):
+    before = (finished / "recipe.json").read_bytes()
+    for override, stage, changed in (
+        ("image.steps=5", "image", "image.steps = 5, not 4"),
+        ("data.size=16", "autoencoder", "data.size = 16, not 32"),
+        ("video.placement=block_input", "video-shift", "video.placement = 'block_input', not"),
+        ("seed=1", "autoencoder", "seed = 1, not 0"),
+    ):
+        with pytest.raises(trainer.TrainingError, match=f"{stage} holds .*{changed}"):
+            train(recipe, [override], output_dir=finished)
+    assert (finished / "recipe.json").read_bytes() == before
+    # what changes no weights may change
+    free = ["sampling.prompts=3", "keep=1", "evaluate_every=2", "gates.video=1"]
+    assert train(recipe, free, output_dir=finished)
+
+
 def test_a_killed_run_resumes_to_the_same_bits(recipe, finished, tmp_path):
     code = (
         "import os, sys, torch; from latent_shift.training import train, trainer\n"
