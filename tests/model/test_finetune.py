@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ from collections import Counter
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import get_type_hints
 
 import pytest
@@ -38,6 +40,7 @@ from latent_shift.training import (
     train,
     trainer,
 )
+from latent_shift.training.config import OptimizerConfig
 from latent_shift.training.dry_run import dry_run
 from latent_shift.training.finetune import FinetuneStage, load_model, make_ranks, run
 from latent_shift.training.finetune_config import ModelConfig
@@ -202,6 +205,45 @@ def test_what_is_missing_is_named(recipe, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(TrainingError, match="pip install bitsandbytes"):
         dry_run(load_recipe(recipe, ["optimizer.kind=adamw8bit"]))
+
+
+def test_adam_of_eight_bits_is_taken_where_it_is_installed(monkeypatch):
+    library = ModuleType("bitsandbytes.optim")
+    library.AdamW8bit = torch.optim.AdamW  # stands in: what is tested is whose it is, and on what
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", library)
+    settings = OptimizerConfig(kind="adamw8bit", learning_rate=3e-4, beta2=0.98, weight_decay=0.1)
+    groups = [{"params": [torch.nn.Parameter(torch.empty(2, device="meta"))]}]
+    optimizer = trainer.make_optimizer(settings, groups)
+    assert type(optimizer) is library.AdamW8bit
+    taken = optimizer.param_groups[0]
+    assert (taken["lr"], taken["betas"], taken["weight_decay"]) == (3e-4, (0.9, 0.98), 0.1)
+    with pytest.raises(TrainingError, match="needs a GPU"):
+        trainer.make_optimizer(settings, [{"params": [torch.nn.Parameter(torch.empty(2))]}])
+
+
+def test_a_name_on_the_hub_is_a_model(model, tmp_path):
+    # as a download leaves it behind; offline, so that nothing else can answer
+    repo = tmp_path / "hub" / "models--someone--tiny"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(model, repo / "snapshots" / ("0" * 40))
+    code = (
+        "from latent_shift.training.finetune import load_model\n"
+        "from latent_shift.training.finetune_config import ModelConfig\n"
+        "print(type(load_model(ModelConfig(source='someone/tiny')).unet).__name__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "HF_HUB_CACHE": str(tmp_path / "hub"),
+            "HF_HUB_OFFLINE": "1",
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == "LatentShiftUNet", done.stderr[-2000:]
 
 
 def test_the_document_names_every_key_with_its_default(recipe):
