@@ -280,18 +280,18 @@ class Latents:
 
     def __init__(self, workspace: Workspace) -> None:
         recipe = workspace.recipe
-        self.data = MovingShapes(
-            derive_seed(recipe.seed, "clips"),
-            num_frames=recipe.data.num_frames,
-            size=recipe.data.size,
-            split="train",
-            two_object_share=recipe.data.two_object_share,
-        )
+        about: dict[str, Any] = {
+            "seed": derive_seed(recipe.seed, "clips"),
+            "num_frames": recipe.data.num_frames,
+            "size": recipe.data.size,
+            "split": "train",
+            "two_object_share": recipe.data.two_object_share,
+        }
+        self.data = MovingShapes(**about)
         pipeline = workspace.root / "pipeline"
-        weights = hashlib.sha256(
-            (pipeline / "vae" / "diffusion_pytorch_model.safetensors").read_bytes()
-        )
-        folder = workspace.root / f"latents-{weights.hexdigest()[:12]}"
+        digest = hashlib.sha256(json.dumps(about).encode())
+        digest.update((pipeline / "vae" / "diffusion_pytorch_model.safetensors").read_bytes())
+        folder = workspace.root / f"latents-{digest.hexdigest()[:12]}"
         folder.mkdir(exist_ok=True)
         ranges = [
             range(start, min(start + _CHUNK, recipe.data.clips))

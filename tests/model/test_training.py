@@ -14,6 +14,7 @@ from transformers import CLIPTextModel
 from latent_shift.training import checkpoints, config, load_recipe, recipe_names, train, trainer
 from latent_shift.training.export import load_run
 from latent_shift.training.stages import (
+    Latents,
     TextStage,
     VideoStage,
     Workspace,
@@ -254,6 +255,18 @@ def test_a_run_that_is_out_of_time_says_so_and_goes_on(recipe, finished, tmp_pat
     _, expected = checkpoints.load_latest(finished / "autoencoder" / "checkpoints")
     _, found = checkpoints.load_latest(tmp_path / "autoencoder" / "checkpoints")
     _assert_same(found, expected)
+
+
+def test_latents_are_of_the_clips_that_are_asked_for(recipe, finished):
+    def latents(*overrides):
+        settings = load_recipe(recipe, ["image.crop_share=0", *overrides])
+        return Latents(Workspace(settings, finished, trainer.Clock(None, 60.0)))
+
+    before = latents().values
+    assert torch.equal(latents("data.clips=4").values, before[:4])
+    for other in ("data.two_object_share=1", "data.num_frames=5", "seed=1"):
+        assert not torch.equal(latents(other).values[:, :4], before), other
+    assert torch.equal(latents().values, before)
 
 
 def test_the_ablation_differs_in_the_shift_alone(recipe, finished):
