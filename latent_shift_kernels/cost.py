@@ -349,9 +349,8 @@ def _crooked(work: Work, vector: int, row: str) -> tuple[str, ...]:
     """Why a kernel accesses so few elements at once, whose rows are of so many."""
     if vector > 1:
         return ()
-    return (
-        f"16 bytes an access: {f'{row} are no whole number of them' if work.aligned else _START}",
-    )
+    why = f"{row} are no whole number of them" if work.aligned else _START
+    return (f"16 bytes an access: {why}",)
 
 
 def _halo_pixels(length: int) -> int:

@@ -183,7 +183,9 @@ def load(model: str, device: str, dtype: str) -> LatentShiftPipeline:
             except TypeError:  # an image model
                 pipe = LatentShiftPipeline.from_t2i(model, **options)
                 note("this is an image model: its video was never trained, expect little motion")
-    except Exception as error:  # a damaged folder fails in any of a dozen libraries
+    # errors of diffusers, transformers, safetensors, pickle and json have no base in common, and a
+    # damaged folder is no reason for a traceback
+    except Exception as error:
         if os.environ.get("LATENT_SHIFT_DEBUG"):
             raise
         raise CommandError(f"cannot load the model {model!r}: {why(error)}") from error

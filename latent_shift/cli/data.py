@@ -253,7 +253,7 @@ def _as_training_loads(model: str, layout: str, revision: str, variant: str) -> 
         )
     except TrainingError as error:
         raise CommandError(str(error)) from error
-    except Exception as error:  # a damaged folder fails in any of a dozen libraries
+    except Exception as error:  # as in `common.load`: of many libraries, without a base in common
         raise CommandError(f"cannot load the model {model!r}: {why(error)}") from error
 
 

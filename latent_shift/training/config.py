@@ -404,15 +404,6 @@ def flat(values: dict[str, Any], where: str = "") -> dict[str, Any]:
     return found
 
 
-def differences(now: dict[str, Any], before: dict[str, Any]) -> list[str]:
-    """How the settings of `now`, as from `flat`, differ from those of `before`."""
-    return [
-        f"{key} = {value!r}, not {before.get(key)!r}"
-        for key, value in now.items()
-        if before.get(key) != value
-    ]
-
-
 def recipe_names() -> list[str]:
     """Returns the names of the recipes that come with the package."""
     folder = resources.files("latent_shift.training") / "recipes"

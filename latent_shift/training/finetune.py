@@ -29,7 +29,7 @@ from latent_shift.data.clips import Batch, Batches, ClipFormat, ClipSource, fing
 from latent_shift.data.encode import encode_frames, encode_text
 from latent_shift.pipeline import LatentShiftPipeline, LatentShiftPipelineOutput
 from latent_shift.temporal import LatentVDMUNet, insert_temporal_layers
-from latent_shift.training.config import differences, flat, to_dict
+from latent_shift.training.config import flat, to_dict
 from latent_shift.training.finetune_config import ClipsConfig, Finetune, ModelConfig, TrainConfig
 from latent_shift.training.measuring import Stopwatch
 from latent_shift.training.trainer import (
@@ -42,6 +42,7 @@ from latent_shift.training.trainer import (
     derive_seed,
     going_on,
     is_out_of_memory,
+    refuse_another,
     run_stage,
 )
 from latent_shift.training.validation import motion, say_collapse, write_clips
@@ -76,7 +77,9 @@ def load_model(config: ModelConfig) -> LatentShiftPipeline:
             image = StableDiffusionPipeline.from_single_file(
                 str(path), **options, safety_checker=None, requires_safety_checker=False
             )
-        except Exception as error:  # a damaged file fails in any of several libraries
+        # what a file without a layout or a damaged one raises has no base in common: it comes from
+        # diffusers, safetensors, pickle or the Hub's client
+        except Exception as error:
             if config.layout:
                 raise
             raise TrainingError(
@@ -703,7 +706,8 @@ def run(
     directory = root / FinetuneStage.name
     done = directory / "done"
     if done.exists() and int(done.read_text() or 0) >= config.train.steps:
-        _refuse_another(config, root)
+        now = {key: value for key, value in _fixed(config).items() if key != "train.steps"}
+        refuse_another(root, now, flat(json.loads((root / "recipe.json").read_text())))
         tqdm.write(f"{root} holds this run, finished", file=sys.stderr)
         return True
     ranks = make_ranks(config, root)
@@ -742,17 +746,6 @@ def run(
         done.write_text(str(config.train.steps))
     ranks.wait()
     return True
-
-
-def _refuse_another(config: Finetune, root: Path) -> None:
-    """Raises `TrainingError` where the finished run in a folder is not this one."""
-    found = flat(json.loads((root / "recipe.json").read_text()))
-    now = {key: value for key, value in _fixed(config).items() if key != "train.steps"}
-    if changed := differences(now, found):
-        raise TrainingError(
-            f"{root} holds a finished run of other settings ({'; '.join(changed)}): take another "
-            "output folder"
-        )
 
 
 def make_ranks(config: Finetune, root: Path | None = None) -> Ranks:

@@ -94,7 +94,7 @@ class SmallStage:
         return Stopwatch(self.workspace.device)
 
     def unsharded(self, weights: dict[str, Any]) -> AbstractContextManager[None]:
-        # only FSDP asks, which `train` refuses for these recipes
+        # `Stage` asks for it; only FSDP calls it, which `train` refuses for these recipes
         raise NotImplementedError("these stages are not sharded")
 
     def advice(self, batch: int) -> str:

@@ -45,14 +45,7 @@ from latent_shift.training.checkpoints import (
     save_checkpoint,
     set_newest_aside,
 )
-from latent_shift.training.config import (
-    OptimizerConfig,
-    Recipe,
-    differences,
-    flat,
-    load_recipe,
-    to_dict,
-)
+from latent_shift.training.config import OptimizerConfig, Recipe, flat, load_recipe, to_dict
 from latent_shift.training.finetune_config import Finetune
 from latent_shift.training.measuring import Stopwatch
 
@@ -760,7 +753,8 @@ def _train_stages(
                 directory = root / workspace.directory_of(name)
                 done, about = directory / "done", settings_of(settings, name)
                 if done.exists():
-                    _refuse_another(directory, about)
+                    if told := done.read_text():
+                        refuse_another(directory, about, json.loads(told))
                     continue
                 if stages is not None and name not in stages:
                     continue
@@ -768,6 +762,7 @@ def _train_stages(
                     continue  # the stages after it take it
                 directory.mkdir(parents=True, exist_ok=True)
                 if ranks.first:
+                    # not before: what a folder refuses does not become its recipe
                     (root / "recipe.json").write_text(json.dumps(to_dict(settings), indent=2))
                 torch.manual_seed(derive_seed(settings.seed, name, "initial weights"))
                 stage = build(workspace)
@@ -791,6 +786,7 @@ def _train_stages(
     return True
 
 
+# of each stage beside what those before it depend on
 _DEPENDS_ON = {
     "autoencoder": ("seed", "precision", "data.size", "data.num_frames", "autoencoder"),
     "text": ("data", "text"),
@@ -811,11 +807,23 @@ def settings_of(recipe: Recipe, stage: str) -> dict[str, Any]:
     }
 
 
-def _refuse_another(directory: Path, about: dict[str, Any]) -> None:
-    """Raises `TrainingError` where the finished stage in a folder is not of these settings."""
-    told = (directory / "done").read_text()
-    if told and (changed := differences(about, json.loads(told))):
+def refuse_another(folder: Path, now: dict[str, Any], before: dict[str, Any]) -> None:
+    """Lets a finished run, or a stage of one, pass for what is asked if its settings do.
+
+    Args:
+        folder: what it left behind.
+        now, before: settings by dotted key, as from `flat`; what `now` leaves out is not compared.
+
+    Raises:
+        TrainingError: they differ.
+    """
+    changed = [
+        f"{key} = {value!r}, not {before.get(key)!r}"
+        for key, value in now.items()
+        if before.get(key) != value
+    ]
+    if changed:
         raise TrainingError(
-            f"{directory} holds a finished stage of other settings ({'; '.join(changed)}): take "
-            "another output folder, or remove those of this stage and the ones after it"
+            f"{folder} holds what was made of other settings ({'; '.join(changed)}): take another "
+            "output folder"
         )

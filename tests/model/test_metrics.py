@@ -452,7 +452,8 @@ def test_incomplete_clip_folder(clip_weights, tmp_path):
 def test_is_runs_on_torch_fidelitys_inception(tmp_path, monkeypatch):
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    except (ImportError, RuntimeError) as error:
+    except (ImportError, RuntimeError) as error:  # the latter of a torchvision for another torch
+        # not in the test environment, as pyproject.toml says
         pytest.skip(f"torch-fidelity cannot be imported: {error}")
     path = tmp_path / next(iter(NETWORKS["inception"].files))
     torch.save({}, path)
